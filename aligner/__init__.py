@@ -1,0 +1,1 @@
+"""Align large language models with human preferences."""

@@ -1,0 +1,141 @@
+"""Batches: one frozen dataclass per stage; a field exists only once it is true.
+
+Shape suffixes: N packed tokens, B sequences. A field ending in _N is sliced by token, one ending in _B by sequence.
+Entry t of every _N tensor is about token t.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Packed:
+    """Base of the batches: slicing by sequence."""
+
+    def take(self, sequences: Sequence[int]):
+        """The same batch restricted to the given sequences, in that order."""
+        rollout = getattr(self, "rollout", self)
+        starts = rollout.cu_seqlens.tolist()
+        index_B = torch.tensor(list(sequences), dtype=torch.int64)
+        index_N = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in sequences])
+        counts = torch.tensor([0, *(starts[b + 1] - starts[b] for b in sequences)], dtype=torch.int32)
+        return _pick(self, index_N, index_B, counts.cumsum(0, dtype=torch.int32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Packed):
+    """Prompts with the responses that the sampler gave to them.
+
+    tokens_N: (N,) int64, token ids, prompts and responses, sequences concatenated.
+    cu_seqlens: (B + 1,) int32, tokens. Prefix sum of sequence lengths; cu_seqlens[B] == N.
+    action_mask_N: (N,) bool. True where the policy sampled the token.
+    sampler_logprobs_N: (N,) float32, nats. The sampler's log-probability of each action token; 0 elsewhere.
+    finished_B: (B,) bool. True where the response ended by itself and not by the length limit.
+    weights_version: optimizer steps behind the weights that the sampler was holding.
+    """
+
+    tokens_N: Tensor
+    cu_seqlens: Tensor
+    action_mask_N: Tensor
+    sampler_logprobs_N: Tensor
+    finished_B: Tensor
+    weights_version: int
+
+    def __post_init__(self):
+        num_tokens, last = len(self.tokens_N), self.cu_seqlens[1:].long() - 1
+        if int(self.cu_seqlens[-1]) != num_tokens:
+            raise ValueError(f"Rollout: cu_seqlens ends at {int(self.cu_seqlens[-1])}, expected {num_tokens} tokens.")
+        if not bool(self.action_mask_N[last].all()):
+            raise ValueError("Rollout: every sequence must end in an action token; give each response >= 1 token.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch(Packed):
+    """What a policy update reads.
+
+    old_logprobs_N: (N,) float32, nats. The trainer's log-probabilities before this update; 0 outside action tokens.
+    advantages_N: (N,) float32, dimensionless once whitened, else reward units.
+    weights_N: (N,) float32, dimensionless. Weight of each token in the loss; 0 outside action tokens.
+    """
+
+    rollout: Rollout
+    old_logprobs_N: Tensor
+    advantages_N: Tensor
+    weights_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueBatch(Packed):
+    """What a critic update reads.
+
+    old_values_N: (N,) float32, reward units. The critic's values before this update; 0 outside action tokens.
+    returns_N: (N,) float32, reward units. Regression target of each action token.
+    weights_N: (N,) float32, dimensionless. Weight of each token in the loss; 0 outside action tokens.
+    """
+
+    rollout: Rollout
+    old_values_N: Tensor
+    returns_N: Tensor
+    weights_N: Tensor
+
+
+def lengths(cu_seqlens: Tensor) -> list[int]:
+    """Tokens of each sequence."""
+    return (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+
+
+def _pick(batch, index_N: Tensor, index_B: Tensor, cu_seqlens: Tensor):
+    changes = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if field.name == "rollout":
+            changes["rollout"] = _pick(value, index_N, index_B, cu_seqlens)
+        elif field.name == "cu_seqlens":
+            changes["cu_seqlens"] = cu_seqlens
+        elif field.name.endswith("_N"):
+            changes[field.name] = value[index_N]
+        elif field.name.endswith("_B"):
+            changes[field.name] = value[index_B]
+    return dataclasses.replace(batch, **changes)
+
+
+def pack_rollout(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+    finished: Sequence[bool],
+    weights_version: int,
+) -> Rollout:
+    """Concatenate prompt/response pairs into one packed Rollout; arguments are aligned lists, one entry a sequence."""
+    tokens, mask, sampled, counts = [], [], [], [0]
+    for prompt, response, nats in zip(prompts, responses, logprobs, strict=True):
+        tokens += [*prompt, *response]
+        mask += [False] * len(prompt) + [True] * len(response)
+        sampled += [0.0] * len(prompt) + list(nats)
+        counts.append(len(prompt) + len(response))
+    return Rollout(
+        tokens_N=torch.tensor(tokens, dtype=torch.int64),
+        cu_seqlens=torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        action_mask_N=torch.tensor(mask, dtype=torch.bool),
+        sampler_logprobs_N=torch.tensor(sampled, dtype=torch.float32),
+        finished_B=torch.tensor(list(finished), dtype=torch.bool),
+        weights_version=weights_version,
+    )
+
+
+def response_tokens(rollout: Rollout) -> Iterator[tuple[list[int], list[int]]]:
+    """(prompt ids, response ids) of each sequence."""
+    starts, tokens, mask = rollout.cu_seqlens.tolist(), rollout.tokens_N, rollout.action_mask_N
+    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+        ids, action = tokens[begin:end], mask[begin:end]
+        yield ids[~action].tolist(), ids[action].tolist()
+
+
+def minibatches(num_sequences: int, size: int, epochs: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Sequence indices of each optimizer step, every epoch in a fresh order drawn from `generator`."""
+    for _ in range(epochs):
+        order = torch.randperm(num_sequences, generator=generator).tolist()
+        yield from (order[i : i + size] for i in range(0, num_sequences, size))

@@ -1,0 +1,70 @@
+"""Sample from a tuned policy: `python -m aligner.generate --checkpoint RUN --prompt "..."`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from aligner.data.tokenizer import load_tokenizer, render_chat
+from aligner.rollout.native import NativeSampler
+from aligner.rollout.sampling import Sampling
+from aligner.run import config as options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    checkpoint: Path
+    """A run folder, or a Hugging Face model directory."""
+    prompt: str
+    """Text to continue; with --chat, what the user says."""
+    chat: bool = False
+    """Put the prompt through the model's chat template."""
+    n: int = 1
+    """Responses."""
+    temperature: float = 1.0
+    """0 takes the most likely token each time."""
+    top_p: float = 1.0
+    """Nucleus; 1 keeps all tokens."""
+    top_k: int = 0
+    """Most likely tokens kept; 0 keeps all."""
+    max_tokens: int = 64
+    """Length limit, tokens."""
+    seed: int = 0
+    """Of the random streams."""
+    threads: int = 0
+    """CPU threads; 0 takes torch's choice, one a core."""
+
+
+def model_folder(checkpoint: Path) -> Path:
+    """The Hugging Face directory in a run folder, or the folder itself when it is one."""
+    if (checkpoint / "policy" / "config.json").is_file():
+        return checkpoint / "policy"
+    if (checkpoint / "config.json").is_file():
+        return checkpoint
+    raise ValueError(
+        f"--checkpoint {str(checkpoint)!r} is neither a run with a saved policy/ nor a model directory "
+        "(config.json); give the folder that a run printed."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = options.parse(Config, argv)
+    folder = model_folder(config.checkpoint)
+    tokenizer = load_tokenizer(folder)
+    text = render_chat(tokenizer, [{"role": "user", "content": config.prompt}]) if config.chat else config.prompt
+    tokens = tokenizer(text, add_special_tokens=not config.chat)["input_ids"]
+    sampling = Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_tokens=config.max_tokens,
+        stop=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+        seed=config.seed,
+    )
+    sampler = NativeSampler.from_pretrained(folder, threads=config.threads)
+    for response in sampler.stream([tokens], sampling, n=config.n):
+        answer = tokenizer.decode(response.tokens, skip_special_tokens=True)
+        print(answer if config.chat else text + answer, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    options.user_errors(main)

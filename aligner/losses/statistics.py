@@ -1,0 +1,61 @@
+"""Numbers that describe a step; pure functions of its tensors."""
+
+import torch
+from torch import Tensor
+
+
+def rollout_statistics(rollout, rewards_B: Tensor, log_ratio_N: Tensor, prefix: str = "") -> dict[str, float]:
+    """Reward, KL per response, lengths, finished share of one rollout.
+
+    rewards_B: (B,) float32, reward units. log_ratio_N: (N,) float32, nats, log pi - log pi_ref, 0 outside actions.
+    KL per response is the k1 estimate, the sum of the log-ratio over a response, whatever the penalty's estimator is.
+    """
+    counts = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1]).float()
+    lengths_B = _sums(rollout.action_mask_N.float(), rollout.cu_seqlens)
+    return {
+        prefix + "reward/mean": float(rewards_B.mean()),
+        prefix + "reward/std": float(rewards_B.std(correction=0)),
+        prefix + "kl/mean": float(_sums(log_ratio_N, rollout.cu_seqlens).mean()),
+        prefix + "response_length/mean": float(lengths_B.mean()),
+        prefix + "prompt_length/mean": float((counts - lengths_B).mean()),
+        prefix + "finished/mean": float(rollout.finished_B.float().mean()),
+    }
+
+
+def estimate_statistics(policy_batch, value_batch, logprobs_N: Tensor, entropy_N: Tensor) -> dict[str, float]:
+    """Entropy, advantages, returns, values and the sampler's log-probability gap over the action tokens of a step."""
+    rollout = policy_batch.rollout
+    mask_N = rollout.action_mask_N
+    gap = (logprobs_N - rollout.sampler_logprobs_N)[mask_N]
+    returns, values, advantages = (
+        t[mask_N] for t in (value_batch.returns_N, value_batch.old_values_N, policy_batch.advantages_N)
+    )
+    return {
+        "entropy/mean": float(entropy_N[mask_N].mean()),
+        "advantages/mean": float(advantages.mean()),
+        "advantages/std": float(advantages.std(correction=0)),
+        "returns/mean": float(returns.mean()),
+        "returns/std": float(returns.std(correction=0)),
+        "values/mean": float(values.mean()),
+        "values/std": float(values.std(correction=0)),
+        "explained_variance": explained_variance(values, returns),
+        "sampler_gap/mean": float(gap.abs().mean()),
+        "sampler_gap/max": float(gap.abs().max()),
+    }
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns); 0 when the returns do not vary."""
+    variance = float(returns.var(correction=0))
+    return 1 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
+
+
+def mean_statistics(steps: list[dict[str, Tensor]], names: dict[str, str]) -> dict[str, float]:
+    """Mean over optimizer steps of the statistics in `names`, under the names it gives them."""
+    return {new: float(torch.stack([s[old] for s in steps]).mean()) for old, new in names.items()}
+
+
+def _sums(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
+    counts = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
+    sequence_N = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return torch.zeros(len(counts)).index_add_(0, sequence_N, x_N.float())

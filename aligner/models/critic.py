@@ -1,0 +1,71 @@
+"""The critic: the value of each action token, and its update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from aligner.models.lora import LoRAConfig
+from aligner.models.microbatch import Layout
+from aligner.models.network import Network, OptimizerConfig, Stats
+from aligner.models.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    layers: int = 10
+    """Layers of the policy's initial network that the critic starts from; 0 keeps all."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
+    value_clip: float | None = None
+    """A value moves at most this far from the old one in a step, reward units; none leaves it out."""
+
+
+class Critic:
+    """The first `layers` layers of a language model under a linear value head that starts at 0.
+
+    V_t = w . h_{t-1} + b: the value of the state in which token t is chosen, so V_t never sees token t.
+    Arguments as of models.network.Network; layers 0 keeps all.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        read: Callable[[str], Tensor],
+        *,
+        layers: int,
+        lora: LoRAConfig,
+        optimizer: OptimizerConfig,
+        tokens_per_micro_batch: int,
+        seed: int,
+    ):
+        if not 0 <= layers <= shape.num_layers:
+            raise ValueError(f"critic.layers is {layers}, expected 0 (all) to {shape.num_layers}, the model's layers.")
+        self.network = Network(
+            replace(shape, num_layers=layers or shape.num_layers),
+            read,
+            adapters=lora,
+            optimizer=optimizer,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            seed=seed,
+            value_head=True,
+        )
+
+    def infer(self, rollout) -> Tensor:
+        """values_N of the action tokens, float32, reward units; 0 elsewhere."""
+        return self.network.run(rollout, lambda hidden, layout: (self._values(hidden, layout),))[0]
+
+    def update(self, batch, loss: Callable[[Tensor, object], tuple[Tensor, Stats]]) -> Stats:
+        """One optimizer step on `loss(values_N, micro_batch) -> (scalar, statistics)`."""
+        return self.network.step(
+            batch, lambda hidden, layout, micro: loss(layout.packed(self._values(hidden, layout)), micro)
+        )
+
+    def _values(self, hidden: Tensor, layout: Layout) -> Tensor:
+        return self.network.model.value_head(layout.predictors(hidden))[:, 0]
+
+    def state_dict(self) -> dict:
+        return self.network.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.network.load_state_dict(state)

@@ -1,0 +1,175 @@
+"""Log-probability of each token and entropy of its distribution, from the last hidden states."""
+
+# Shape suffixes: N packed tokens, H hidden, V vocabulary (of this rank's shard).
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aligner.ops import library, vocab_parallel
+from aligner.ops.logprobs import DTYPES, logprobs_reference
+
+
+def linear_logprobs_reference(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    mask_N: Tensor | None = None,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprobs` in plain PyTorch, with all the logits in memory: any device, any float dtype."""
+    if hidden_NH.dtype != torch.float64:
+        hidden_NH, weight_VH = hidden_NH.float(), weight_VH.float()
+    if mask_N is not None:
+        hidden_NH, targets_N = torch.where(mask_N[:, None], hidden_NH, 0), torch.where(mask_N, targets_N, 0)
+    if group is not None:
+        hidden_NH = vocab_parallel.SumGradient.apply(hidden_NH, group)
+    logits_NV = hidden_NH @ weight_VH.T
+    logprobs_N, entropy_N = logprobs_reference(logits_NV, targets_N, temperature=temperature, group=group)
+    if mask_N is not None:
+        logprobs_N, entropy_N = logprobs_N * mask_N, entropy_N * mask_N
+    return logprobs_N, entropy_N
+
+
+def linear_logprobs(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    mask_N: Tensor | None = None,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""Log-probability of each row's target and entropy of each row, never holding the (N, V) logits.
+
+        logprob_n = z_{n, target} - log sum_v e^{z_{n,v}},    H_n = -sum_v p_{n,v} log p_{n,v}
+        z = hidden @ weight^T / temperature
+
+    Source: Wijmans et al. 2024, arXiv:2411.09009, section 4. The logits are made a tile at a time, forward and backward.
+
+    hidden_NH: (N, H) float32 or bfloat16, dimensionless. Gradients flow to it.
+    weight_VH: (V, H) of the same dtype, dimensionless. Gradients flow to it when it asks for them.
+    targets_N: (N,) int64, token ids of the whole vocabulary.
+    mask_N: (N,) bool, or None for all. A row left out costs nothing and gives 0, whatever it holds.
+    temperature: dimensionless, > 0.
+    group: ranks that hold the rows of weight, equal contiguous shards in rank order; None when not sharded.
+    impl: "auto" | "reference" | "cpp".
+
+    Returns logprobs_N and entropy_N, (N,) float32, nats; gradients flow through both. Raises ValueError for temperature
+    or impl, RuntimeError for shapes and targets out of range.
+    """
+    if not temperature > 0:
+        raise ValueError(f"linear_logprobs: temperature is {temperature}, expected more than 0.")
+    if not library.use_cpp("linear_logprobs", impl, {"hidden": hidden_NH, "weight": weight_VH}, DTYPES):
+        return linear_logprobs_reference(
+            hidden_NH, weight_VH, targets_N, mask_N=mask_N, temperature=temperature, group=group
+        )
+    if group is not None:
+        return _Sharded.apply(hidden_NH, weight_VH, targets_N, mask_N, temperature, group)
+    vocabulary = weight_VH.shape[0]
+    return torch.ops.aligner.linear_logprobs(hidden_NH, weight_VH, targets_N, mask_N, temperature, 0, vocabulary)[:2]
+
+
+class _Sharded(torch.autograd.Function):
+    """The operator on this rank's rows of weight, its statistics and its gradient combined over the group."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, mask, temperature, group):
+        ctx.bounds = vocab_parallel.shard_bounds(weight.shape[0], group)
+        outputs = torch.ops.aligner.linear_logprobs(hidden, weight, targets, mask, temperature, *ctx.bounds)
+        here = (targets >= ctx.bounds[0]) & (targets < ctx.bounds[0] + weight.shape[0])
+        outputs = vocab_parallel.combine(*outputs, here, temperature, group)
+        if mask is not None:
+            outputs = tuple(torch.where(mask, x, 0) for x in outputs)
+        ctx.temperature, ctx.group = temperature, group
+        ctx.save_for_backward(hidden, weight, targets, mask, *outputs[1:])
+        ctx.set_materialize_grads(False)
+        return outputs[0], outputs[1]
+
+    @staticmethod
+    def backward(ctx, d_logprobs, d_entropy):
+        hidden, weight, targets, mask, entropy, maximum, log_sum = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        d_hidden, d_weight = torch.ops.aligner.linear_logprobs_backward(
+            hidden,
+            weight,
+            targets,
+            mask,
+            ctx.temperature,
+            *ctx.bounds,
+            maximum,
+            log_sum,
+            entropy,
+            d_logprobs,
+            d_entropy,
+            need_hidden,
+            need_weight,
+        )
+        if need_hidden:
+            d_sum = d_hidden.float()
+            dist.all_reduce(d_sum, group=ctx.group)
+            d_hidden = d_sum.to(hidden.dtype)
+        return d_hidden if need_hidden else None, d_weight if need_weight else None, None, None, None, None
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    hidden, weight, targets, mask, ctx.temperature, ctx.vocab_start, ctx.vocab_size = inputs
+    _, entropy, maximum, log_sum = output
+    ctx.mark_non_differentiable(maximum, log_sum)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, targets, mask, maximum, log_sum, entropy)
+
+
+def _backward(ctx, d_logprobs, d_entropy, d_max, d_log_sum):
+    hidden, weight, targets, mask, maximum, log_sum, entropy = ctx.saved_tensors
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    d_hidden, d_weight = torch.ops.aligner.linear_logprobs_backward(
+        hidden,
+        weight,
+        targets,
+        mask,
+        ctx.temperature,
+        ctx.vocab_start,
+        ctx.vocab_size,
+        maximum,
+        log_sum,
+        entropy,
+        d_logprobs,
+        d_entropy,
+        need_hidden,
+        need_weight,
+    )
+    return d_hidden if need_hidden else None, d_weight if need_weight else None, None, None, None, None, None
+
+
+if library.LOADED:
+
+    @torch.library.register_fake("aligner::linear_logprobs")
+    def _(hidden, weight, targets, mask, temperature, vocab_start, vocab_size):
+        return tuple(hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(4))
+
+    @torch.library.register_fake("aligner::linear_logprobs_backward")
+    def _(
+        hidden,
+        weight,
+        targets,
+        mask,
+        temperature,
+        vocab_start,
+        vocab_size,
+        maximum,
+        log_sum,
+        entropy,
+        d_logprobs,
+        d_entropy,
+        need_hidden,
+        need_weight,
+    ):
+        width = hidden.shape[1]
+        d_hidden = hidden.new_empty((hidden.shape[0] if need_hidden else 0, width))
+        return d_hidden, weight.new_empty((weight.shape[0] if need_weight else 0, width))
+
+    torch.library.register_autograd("aligner::linear_logprobs", _backward, setup_context=_setup_context)

@@ -1,0 +1,105 @@
+"""What every sampler takes and gives."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from aligner.data.batch import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses are drawn.
+
+    temperature: dimensionless; 0 takes the most likely token.
+    top_p: keep the smallest set of tokens whose probability reaches top_p; 1 keeps all.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    max_tokens: length limit of a response, in tokens.
+    stop: token ids that end a response; the stop token belongs to the response.
+    seed: of the random streams; the same (seed, prompt, sample index) draws the same response in any batch.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 64
+    stop: tuple[int, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"Sampling: temperature is {self.temperature}, expected 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"Sampling: top_p is {self.top_p}, expected a value in (0, 1].")
+        if self.top_k < 0:
+            raise ValueError(f"Sampling: top_k is {self.top_k}, expected 0 (all tokens) or more.")
+        if self.max_tokens < 1:
+            raise ValueError(f"Sampling: max_tokens is {self.max_tokens}, expected 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    temperature: float = 1.0
+    """Sampling temperature, > 0; the trainer's log-probabilities use it too."""
+    top_p: float = 1.0
+    """Nucleus; 1 keeps all tokens. Log-probabilities ignore the cut."""
+    top_k: int = 0
+    """Most likely tokens kept; 0 keeps all. Log-probabilities ignore the cut."""
+    max_tokens: int = 20
+    """Length limit of a response, tokens."""
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError(f"sampling.temperature is {self.temperature}; training needs it above 0.")
+        self.sampling(seed=0, stop=())
+
+    def sampling(self, seed: int, stop: tuple[int, ...]) -> Sampling:
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_tokens=self.max_tokens,
+            stop=stop,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One finished response.
+
+    prompt, sample: index of its prompt in the call, and which of that prompt's n samples it is.
+    tokens: ids, the stop token included.
+    logprobs: nats; of each token under the distribution at the sampling temperature, before top-k and top-p cut it.
+    finished: True when a stop token ended it, False at the length limit.
+    """
+
+    prompt: int
+    sample: int
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+class Sampler(Protocol):
+    """An engine that samples responses and whose weights are refitted in place."""
+
+    weights_version: int
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, n: int = 1) -> Rollout:
+        """n responses to each prompt, as one packed Rollout ordered by prompt, then sample."""
+        ...
+
+    def stream(self, prompts: list[list[int]], sampling: Sampling, n: int = 1) -> Iterator[Response]:
+        """The same responses one by one, as they finish."""
+        ...
+
+    def manifest(self) -> list[dict]:
+        """Where its parameters stand in the Hugging Face checkpoint (see refit.plan)."""
+        ...
+
+    def refit(self, plan, source: Callable[[str], Tensor], version: int) -> None:
+        """Overwrite its weights by executing `plan` from `source(name)`; `version` becomes weights_version."""
+        ...

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace aligner {
+
+enum class Dtype { float32, bfloat16 };
+
+}  // namespace aligner

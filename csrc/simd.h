@@ -1,0 +1,152 @@
+// Eight floats at a time through GCC vector extensions: one source, any instruction set. Included only by *_cpu.cpp.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace aligner::ALIGNER_ISA {
+
+typedef float vfloat __attribute__((vector_size(32)));
+typedef int32_t vint __attribute__((vector_size(32)));
+typedef double vdouble4 __attribute__((vector_size(32)));
+typedef float vfloat4 __attribute__((vector_size(16)));
+typedef uint16_t vushort __attribute__((vector_size(16)));
+
+constexpr int64_t LANES = 8;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
+#define ALIGNER_INLINE static inline __attribute__((always_inline))
+
+ALIGNER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ALIGNER_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+ALIGNER_INLINE vfloat splat(float x) { return x - vfloat{}; }
+
+struct Float32 {
+  using T = float;
+  ALIGNER_INLINE vfloat load(const float* p) {
+    vfloat v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  ALIGNER_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
+  ALIGNER_INLINE float get(const float* p) { return *p; }
+};
+
+struct Bfloat16 {
+  using T = uint16_t;
+  ALIGNER_INLINE vfloat load(const uint16_t* p) {
+    vushort h;
+    memcpy(&h, p, sizeof h);
+    return (vfloat)(__builtin_convertvector(h, vint) << 16);
+  }
+  ALIGNER_INLINE void store(uint16_t* p, vfloat v) {  // round to nearest even; a NaN stays one
+    const vint u = (vint)v;
+    const vint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const vint bits = v == v ? rounded : (u >> 16) | 0x40;
+    const vushort h = __builtin_convertvector(bits, vushort);
+    memcpy(p, &h, sizeof h);
+  }
+  ALIGNER_INLINE float get(const uint16_t* p) {
+    const uint32_t u = uint32_t(*p) << 16;
+    float f;
+    memcpy(&f, &u, sizeof f);
+    return f;
+  }
+};
+
+// The last count < LANES elements of a row; the other lanes hold `fill`.
+template <class D>
+ALIGNER_INLINE vfloat load_part(const typename D::T* p, int64_t count, float fill) {
+  typename D::T t[LANES] = {};
+  memcpy(t, p, count * sizeof *p);
+  vfloat v = D::load(t);
+  for (int64_t i = count; i < LANES; ++i) v[i] = fill;
+  return v;
+}
+template <class D>
+ALIGNER_INLINE void store_part(typename D::T* p, vfloat v, int64_t count) {
+  typename D::T t[LANES];
+  D::store(t, v);
+  memcpy(p, t, count * sizeof *p);
+}
+template <class D>
+ALIGNER_INLINE vfloat load_some(const typename D::T* p, int64_t count, float fill) {
+  return count >= LANES ? D::load(p) : load_part<D>(p, count, fill);
+}
+template <class D>
+ALIGNER_INLINE void store_some(typename D::T* p, vfloat v, int64_t count) {
+  if (count >= LANES) {
+    D::store(p, v);
+  } else {
+    store_part<D>(p, v, count);
+  }
+}
+
+ALIGNER_INLINE vfloat vmax(vfloat a, vfloat b) {  // b where either is NaN
+#if defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+ALIGNER_INLINE vfloat vmin(vfloat a, vfloat b) {  // b where either is NaN
+#if defined(__AVX2__)
+  return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+ALIGNER_INLINE float hmax(vfloat v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+ALIGNER_INLINE double hsum(vfloat v) {
+  double s = 0;
+  for (int i = 0; i < LANES; ++i) s += v[i];
+  return s;
+}
+ALIGNER_INLINE double hsum(vdouble4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+ALIGNER_INLINE vdouble4 widen_sum(vfloat v) {  // eight floats folded into four doubles
+  vfloat4 lo, hi;
+  memcpy(&lo, &v, sizeof lo);
+  memcpy(&hi, (const char*)&v + sizeof lo, sizeof hi);
+  return __builtin_convertvector(lo, vdouble4) + __builtin_convertvector(hi, vdouble4);
+}
+
+// 2^y for -126 <= y < 128, about 1 ulp: nearest integer by a magic add, degree-6 minimax polynomial on [-1/2, 1/2].
+ALIGNER_INLINE vfloat exp2_in_range(vfloat y) {
+  const vfloat magic = splat(12582912.f);  // 1.5 * 2^23
+  const vfloat n = y + magic;
+  const vfloat f = y - (n - magic);
+  vfloat p = splat(0.000153458081f);
+  p = p * f + 0.00133999309f;
+  p = p * f + 0.00961848907f;
+  p = p * f + 0.0555032864f;
+  p = p * f + 0.240226462f;
+  p = p * f + 0.693147182f;
+  p = p * f + 1.f;
+  return (vfloat)((vint)p + ((vint)n << 23));
+}
+
+// e^x over the whole float range; infinities and NaN as in libm, denormal results are 0.
+ALIGNER_INLINE vfloat vexp(vfloat x) {
+  // Cody-Waite: x * log2(e) alone would lose the last bits of a large |x|.
+  const vfloat magic = splat(12582912.f);
+  const vfloat clamped = vmin(splat(89.f), vmax(splat(-88.f), x));
+  const vfloat n = (clamped * LOG2E + magic) - magic;
+  const vfloat r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const vfloat half = exp2_in_range(r * LOG2E);
+  const vint lo = __builtin_convertvector(n, vint) >> 1;  // two factors: 2^128 itself is not a float
+  const vint hi = __builtin_convertvector(n, vint) - lo;
+  const vfloat y = half * (vfloat)((lo + 127) << 23) * (vfloat)((hi + 127) << 23);
+  const vfloat low = x < splat(-87.33654f) ? splat(0.f) : y;
+  const vfloat high = x > splat(88.72283f) ? splat(INFINITY) : low;
+  return x == x ? high : x;
+}
+
+}  // namespace aligner::ALIGNER_ISA

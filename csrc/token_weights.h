@@ -1,0 +1,23 @@
+// Weights of eight tokens, from a bool mask or from float weights. Included only by *_cpu.cpp.
+#pragma once
+#include "simd.h"
+
+namespace aligner::ALIGNER_ISA {
+
+ALIGNER_INLINE vfloat load_weights(const bool* mask, const float* weights, int64_t i, int64_t count) {
+  if (weights) return load_some<Float32>(weights + i, count, 0.f);
+  vfloat w{};
+  if (count >= LANES) {
+    typedef uint8_t vbyte __attribute__((vector_size(8)));
+    vbyte b;
+    memcpy(&b, mask + i, sizeof b);
+    return __builtin_convertvector(b, vfloat);
+  }
+  for (int64_t j = 0; j < count; ++j) w[j] = mask[i + j] ? 1.f : 0.f;
+  return w;
+}
+
+// What a left-out token holds must not reach a sum, not even multiplied by zero: it may be NaN.
+ALIGNER_INLINE vfloat keep(vfloat weight, vfloat x) { return weight != splat(0.f) ? x : splat(0.f); }
+
+}  // namespace aligner::ALIGNER_ISA

@@ -1,0 +1,49 @@
+"""Small real inputs: a tiny Llama directory with SmolLM2's tokenizer, and SmolLM2 itself."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+
+from aligner.run import distributed
+
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory."""
+    from aligner.checkpoint.default_model import default_model
+
+    return default_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory, smollm2: Path) -> Path:
+    """A random 3-layer Llama (tied embeddings, 2 key-value heads) with SmolLM2's vocabulary and tokenizer."""
+    return save_llama(tmp_path_factory.mktemp("tiny") / "llama", smollm2, tie_word_embeddings=True)
+
+
+def save_llama(folder: Path, tokenizer: Path | None, *, vocab_size: int = 49152, **changes) -> Path:
+    """Write a random Llama with weights large enough that its distributions are far from uniform."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = TINY | {"num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": vocab_size} | changes
+    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.08, bos_token_id=1, eos_token_id=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group():
+    distributed.initialize(threads=2)
