@@ -25,13 +25,13 @@ from torch import Tensor
 from aligner import ops
 from aligner.checkpoint import huggingface, training
 from aligner.checkpoint.default_model import default_model
-from aligner.data.batch import PolicyBatch, Rollout, ValueBatch, minibatches
+from aligner.data.batch import BatchConfig, PolicyBatch, Rollout, ValueBatch, minibatches
 from aligner.data.prompts import Prompt, PromptOrder
 from aligner.data.sources import load_prompts
 from aligner.data.tokenizer import load_tokenizer
 from aligner.losses.kl import kl_estimate
 from aligner.losses.policy import clipped_policy_loss, token_weights
-from aligner.losses.statistics import estimate_statistics, mean_statistics, rollout_statistics
+from aligner.losses.statistics import estimate_statistics, rollout_statistics, update_statistics
 from aligner.losses.value import clipped_value_loss
 from aligner.models.critic import Critic, CriticConfig
 from aligner.models.lora import LoRAConfig
@@ -53,34 +53,9 @@ from aligner.serving.reward import RewardConfig, RewardFunction, load_reward
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-    sequences: int = 64
-    """Responses sampled in a step."""
-    samples_per_prompt: int = 1
-    """Responses to each prompt."""
-    minibatch_sequences: int = 32
-    """Responses of one optimizer step."""
-    epochs: int = 1
-    """Passes over a step's responses."""
-    tokens_per_micro_batch: int = 1024
-    """Padded tokens in one forward pass; changes memory and speed, never a gradient."""
-
-    def __post_init__(self):
-        if min(self.sequences, self.samples_per_prompt, self.minibatch_sequences, self.epochs) < 1:
-            raise ValueError("every batch.* size must be 1 or more.")
-        for name in ("minibatch_sequences", "samples_per_prompt"):
-            if self.sequences % getattr(self, name):
-                option = name.replace("_", "-")
-                raise ValueError(
-                    f"batch.sequences is {self.sequences}, not a multiple of batch.{option} {getattr(self, name)}; "
-                    "change one of them."
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3))
     clip_low: float = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
@@ -95,7 +70,7 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ProgramConfig):
-    kl_coef: float = 0.05
+    kl_coef: float = 0.15
     """Weight of the per-token KL penalty in the reward."""
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
     """Estimator of that penalty."""
@@ -160,7 +135,7 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
 
     metrics = rollout_statistics(rollout, rewards_B, logprobs_N - reference_N)
     metrics |= estimate_statistics(policy_batch, value_batch, logprobs_N, entropy_N)
-    metrics |= mean_statistics(policy_stats, POLICY_METRICS) | mean_statistics(critic_stats.result(), VALUE_METRICS)
+    metrics |= update_statistics(policy_stats, critic_stats.result())
     times = timers.take()
     metrics |= times | {
         "tokens_per_second": len(rollout.tokens_N) / sum(times.values()),
@@ -168,21 +143,6 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
         "peak_memory_bytes": peak_memory_bytes(),
     }
     return metrics, run.transcript.rows(number, "train", texts, rewards_B)
-
-
-POLICY_METRICS = {
-    "policy_loss": "loss/policy",
-    "grad_norm": "grad_norm/policy",
-    "clip_fraction": "clip_fraction",
-    "approx_kl": "approx_kl",
-    "ratio": "ratio/mean",
-    "ratio_clamped": "ratio_clamped/mean",
-}
-VALUE_METRICS = {
-    "value_loss": "loss/value",
-    "grad_norm": "grad_norm/value",
-    "value_clip_fraction": "value_clip_fraction",
-}
 
 
 def estimate(
@@ -242,6 +202,7 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     """Check what can be wrong, cheapest first, then load. Returns the run, its directory and the steps already done."""
     folder = Path(config.model) if Path(config.model).is_dir() else default_model(config.model)
     shape = ModelShape.from_folder(folder)
+    critic_shape = config.critic.shape(shape)
     read = huggingface.Weights(folder, shape.tensors())
     tokenizer = load_tokenizer(folder)
     train_prompts, eval_prompts = load_prompts(
@@ -260,7 +221,7 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     shared = {"tokens_per_micro_batch": config.batch.tokens_per_micro_batch, "seed": config.seed}
     p, c, temperature = config.policy, config.critic, config.sampling.temperature
     policy = Policy(shape, read, lora=p.lora, optimizer=p.optimizer, temperature=temperature, **shared)
-    critic = Critic(shape, read, layers=c.layers, lora=c.lora, optimizer=c.optimizer, **shared)
+    critic = Critic(critic_shape, read, lora=c.lora, optimizer=c.optimizer, **shared)
     sampler = NativeSampler(shape)
     start = checkpoint["step"]
     if start:

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor& rewards_, const Tensor& values_, co
   }
   Tensor advantages = new_float(rewards, {N}), returns = new_float(rewards, {N});
   gae_cpu({data<float>(rewards), data<float>(values), data<bool>(action_mask), cu, out<float>(advantages),
-           out<float>(returns), B, float(gamma), float(lam)});
+           out<float>(returns), B, gamma, lam});
   return {advantages, returns};
 }
 

@@ -16,7 +16,7 @@ struct GaeParams {
   float* advantages;          // [N] out, reward units, 0 where not an action
   float* returns;             // [N] out, reward units, advantages + values, 0 where not an action
   int64_t num_sequences;      // B
-  float gamma, lam;           // dimensionless, in [0, 1]
+  double gamma, lam;          // dimensionless, in [0, 1]
 };
 
 ALIGNER_CPU_KERNEL(gae_cpu, GaeParams)

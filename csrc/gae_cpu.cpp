@@ -3,19 +3,20 @@
 
 namespace aligner::ALIGNER_ISA {
 
+// In double: rounding errors of a float recursion would add up over a long sequence when gamma * lam is 1.
 static void gae_sequence(const GaeParams& p, int64_t begin, int64_t end) {
-  float advantage = 0.f, next_value = 0.f;
+  const double gamma = p.gamma, decay = p.gamma * p.lam;
+  double advantage = 0, next_value = 0;
   for (int64_t t = end - 1; t >= begin; --t) {
     if (!p.action_mask[t]) {
       p.advantages[t] = p.returns[t] = 0.f;
       continue;
     }
-    const float value = p.values[t];
-    const float delta = p.rewards[t] + p.gamma * next_value - value;
-    advantage = delta + p.gamma * p.lam * advantage;
+    const double value = p.values[t];
+    advantage = p.rewards[t] + gamma * next_value - value + decay * advantage;
     next_value = value;
-    p.advantages[t] = advantage;
-    p.returns[t] = advantage + value;
+    p.advantages[t] = float(advantage);
+    p.returns[t] = float(advantage + value);
   }
 }
 

@@ -70,7 +70,10 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
     def flush() -> None:
         nonlocal shard, count, size
-        save_file(shard, folder / f"model-{count:05d}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / f"model-{count:05d}.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"the model in {folder} could not be written ({error}); free some disk space.") from error
         shard, count, size = {}, count + 1, 0
 
     for name, tensor in tensors:

@@ -12,7 +12,13 @@ def save(run: Path, step: int, state: dict) -> Path:
     folder = Path(run) / "checkpoints" / f"step-{step}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as new:
-        torch.save({"step": step, **state}, new / "state.pt")
+        try:
+            torch.save({"step": step, **state}, new / "state.pt")
+        except RuntimeError as error:  # torch's writer reports a full disk as an iostream error
+            raise OSError(
+                f"the checkpoint {folder} could not be written ({error}); free some disk space and --resume from the "
+                "older checkpoint, which is untouched."
+            ) from error
     return folder
 
 

@@ -82,9 +82,29 @@ class ValueBatch(Packed):
     weights_N: Tensor
 
 
-def lengths(cu_seqlens: Tensor) -> list[int]:
-    """Tokens of each sequence."""
-    return (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    sequences: int = 48
+    """Responses sampled in a step."""
+    samples_per_prompt: int = 1
+    """Responses to each prompt."""
+    minibatch_sequences: int = 24
+    """Responses of one optimizer step."""
+    epochs: int = 1
+    """Passes over a step's responses."""
+    tokens_per_micro_batch: int = 1024
+    """Padded tokens in one forward pass; changes memory and speed, never a gradient."""
+
+    def __post_init__(self):
+        if min(self.sequences, self.samples_per_prompt, self.minibatch_sequences, self.epochs) < 1:
+            raise ValueError("every batch.* size must be 1 or more.")
+        for name in ("minibatch_sequences", "samples_per_prompt"):
+            if self.sequences % getattr(self, name):
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"batch.sequences is {self.sequences}, not a multiple of batch.{option} {getattr(self, name)}; "
+                    "change one of them."
+                )
 
 
 def _pick(batch, index_N: Tensor, index_B: Tensor, cu_seqlens: Tensor):

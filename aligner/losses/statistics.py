@@ -50,8 +50,16 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return 1 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
 
 
-def mean_statistics(steps: list[dict[str, Tensor]], names: dict[str, str]) -> dict[str, float]:
-    """Mean over optimizer steps of the statistics in `names`, under the names it gives them."""
+def update_statistics(policy: list[dict[str, Tensor]], value: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over optimizer steps of what the policy's and the critic's updates report."""
+    names = {"policy_loss": "loss/policy", "grad_norm": "grad_norm/policy", "clip_fraction": "clip_fraction"}
+    names |= {"approx_kl": "approx_kl", "ratio": "ratio/mean", "ratio_clamped": "ratio_clamped/mean"}
+    value_names = {"value_loss": "loss/value", "grad_norm": "grad_norm/value"}
+    value_names |= {"value_clip_fraction": "value_clip_fraction"}
+    return _means(policy, names) | _means(value, value_names)
+
+
+def _means(steps: list[dict[str, Tensor]], names: dict[str, str]) -> dict[str, float]:
     return {new: float(torch.stack([s[old] for s in steps]).mean()) for old, new in names.items()}
 
 

@@ -11,7 +11,7 @@ import types
 
 import torch
 
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like")
+_FACTORIES = ("tensor", "zeros")
 _CPU = torch.device("cpu")
 
 
@@ -27,7 +27,7 @@ def install() -> None:
     import megatron.core.optimizer_param_scheduler
     import megatron.core.pipeline_parallel  # noqa: F401
 
-    cuda = _Proxy(torch.cuda, {"current_device": lambda: _CPU, "synchronize": lambda *_: None})
+    cuda = _Proxy(torch.cuda, {"current_device": lambda: _CPU})
     proxy = _Proxy(torch, {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES} | {"cuda": cuda})
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
@@ -46,7 +46,7 @@ class _Proxy(types.ModuleType):
 
 
 def _on_cpu(factory):
-    """`torch.zeros(..., device="cuda")` in clip_grads, schedules and the optimizers."""
+    """`torch.zeros(..., device="cuda")` in the schedules, the gradient norm and the optimizers."""
 
     @functools.wraps(factory)
     def wrapped(*args, **kwargs):

@@ -13,19 +13,27 @@ from aligner.models.shape import ModelShape
 
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
-    layers: int = 10
+    layers: int = 6
     """Layers of the policy's initial network that the critic starts from; 0 keeps all."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
     value_clip: float | None = None
     """A value moves at most this far from the old one in a step, reward units; none leaves it out."""
 
+    def shape(self, policy: ModelShape) -> ModelShape:
+        """The critic's network. Raises ValueError when the policy has fewer layers."""
+        if not 0 <= self.layers <= policy.num_layers:
+            raise ValueError(
+                f"critic.layers is {self.layers}, expected 0 (all) to {policy.num_layers}, the layers of the model."
+            )
+        return replace(policy, num_layers=self.layers or policy.num_layers)
+
 
 class Critic:
-    """The first `layers` layers of a language model under a linear value head that starts at 0.
+    """A language model's network under a linear value head that starts at 0.
 
     V_t = w . h_{t-1} + b: the value of the state in which token t is chosen, so V_t never sees token t.
-    Arguments as of models.network.Network; layers 0 keeps all.
+    Arguments as of models.network.Network.
     """
 
     def __init__(
@@ -33,16 +41,13 @@ class Critic:
         shape: ModelShape,
         read: Callable[[str], Tensor],
         *,
-        layers: int,
         lora: LoRAConfig,
         optimizer: OptimizerConfig,
         tokens_per_micro_batch: int,
         seed: int,
     ):
-        if not 0 <= layers <= shape.num_layers:
-            raise ValueError(f"critic.layers is {layers}, expected 0 (all) to {shape.num_layers}, the model's layers.")
         self.network = Network(
-            replace(shape, num_layers=layers or shape.num_layers),
+            shape,
             read,
             adapters=lora,
             optimizer=optimizer,

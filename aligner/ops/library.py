@@ -46,8 +46,8 @@ def use_cpp(op: str, impl: str, tensors: dict[str, Tensor], dtypes: Sequence[tor
     cpp = impl == "cpp" or (impl == "auto" and not unfit)
     if cpp and MISSING:
         raise RuntimeError(
-            f"{op}: the compiled library is missing ({MISSING}); build it with `pip install --no-build-isolation -e .`, "
-            "or pass impl='reference'."
+            f"{op}: the compiled library is missing ({MISSING}); "
+            "build it with `pip install --no-build-isolation -e .`, or pass impl='reference'."
         )
     if impl == "auto" and not torch.compiler.is_compiling() and op not in _logged:
         _logged.add(op)

@@ -48,7 +48,7 @@ def linear_logprobs(
         logprob_n = z_{n, target} - log sum_v e^{z_{n,v}},    H_n = -sum_v p_{n,v} log p_{n,v}
         z = hidden @ weight^T / temperature
 
-    Source: Wijmans et al. 2024, arXiv:2411.09009, section 4. The logits are made a tile at a time, forward and backward.
+    Source: Wijmans et al. 2024, arXiv:2411.09009, section 4: the logits are made a tile at a time, twice.
 
     hidden_NH: (N, H) float32 or bfloat16, dimensionless. Gradients flow to it.
     weight_VH: (V, H) of the same dtype, dimensionless. Gradients flow to it when it asks for them.
@@ -69,7 +69,7 @@ def linear_logprobs(
         )
     if group is not None:
         return _Sharded.apply(hidden_NH, weight_VH, targets_N, mask_N, temperature, group)
-    vocabulary = weight_VH.shape[0]
+    vocabulary = len(weight_VH)
     return torch.ops.aligner.linear_logprobs(hidden_NH, weight_VH, targets_N, mask_N, temperature, 0, vocabulary)[:2]
 
 

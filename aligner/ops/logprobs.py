@@ -34,7 +34,8 @@ def logprobs(
 ) -> tuple[Tensor, Tensor]:
     r"""Log-probability of each row's target and entropy of each row, in one pass over the logits.
 
-        logprob_n = z_{n, target} - log sum_v e^{z_{n,v}},    H_n = -sum_v p_{n,v} log p_{n,v},    z = logits / temperature
+        logprob_n = z_{n, target} - log sum_v e^{z_{n,v}},    H_n = -sum_v p_{n,v} log p_{n,v}
+        z = logits / temperature
 
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
 
@@ -45,8 +46,8 @@ def logprobs(
     inplace_backward: the gradient overwrites logits_NV, which must not be used again; eager impl "cpp" only.
     impl: "auto" | "reference" | "cpp".
 
-    Returns logprobs_N and entropy_N, (N,) float32, nats; gradients flow through both. Raises ValueError for temperature,
-    impl or an in-place backward that cannot be, RuntimeError for shapes and targets out of range.
+    Returns logprobs_N and entropy_N, (N,) float32, nats; gradients flow through both. Raises ValueError for
+    temperature, impl or an in-place backward that cannot be, RuntimeError for shapes and targets out of range.
     """
     if not temperature > 0:
         raise ValueError(f"logprobs: temperature is {temperature}, expected more than 0.")
@@ -59,7 +60,7 @@ def logprobs(
         if inplace_backward and logits_NV.is_leaf and logits_NV.requires_grad:
             raise ValueError("logprobs: inplace_backward got a leaf tensor, expected a computed one; pass False.")
         return _Logprobs.apply(logits_NV, targets_N, temperature, group, inplace_backward)
-    return torch.ops.aligner.logprobs(logits_NV, targets_N, temperature, 0, logits_NV.shape[1])[:2]
+    return torch.ops.aligner.logprobs(logits_NV, targets_N, temperature, 0, logits_NV.shape[-1])[:2]
 
 
 class _Logprobs(torch.autograd.Function):

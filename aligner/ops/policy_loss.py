@@ -45,6 +45,17 @@ def policy_loss_reference(
     return loss, {name: value.detach() for name, value in zip(STATS, sums, strict=False)}
 
 
+def _check(num_tokens, clip_low, clip_high, dual_clip, entropy_N, entropy_coef) -> None:
+    if not num_tokens > 0:
+        raise ValueError(f"policy_loss: num_tokens is {num_tokens}, expected the step's positive number of tokens.")
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"policy_loss: clip_low is {clip_low} and clip_high is {clip_high}, expected both >= 0.")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"policy_loss: dual_clip is {dual_clip}, expected more than 1, or None to switch it off.")
+    if entropy_coef and entropy_N is None:
+        raise ValueError(f"policy_loss: entropy_coef is {entropy_coef} but entropy_N is None; pass the entropy.")
+
+
 def policy_loss(
     logprobs_N: Tensor,
     old_logprobs_N: Tensor,
@@ -62,7 +73,7 @@ def policy_loss(
     r"""PPO's clipped surrogate, with dual clip and an entropy bonus on request, and its statistics in one pass.
 
         loss = sum_t w_t (l_t - entropy_coef * H_t) / num_tokens,    r_t = exp(logprob_t - old_logprob_t)
-        l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high)),    then, where A_t < 0, min(l_t, -A_t dual_clip)
+        l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high)),    where A_t < 0: min(l_t, -A_t dual_clip)
 
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
 
@@ -82,42 +93,17 @@ def policy_loss(
     estimate of KL(old || new), nats), "ratio", "ratio_clamped", and "entropy" (nats) when entropy_N is given. Raises
     ValueError for an argument out of range, RuntimeError for shapes.
     """
-    if not num_tokens > 0:
-        raise ValueError(f"policy_loss: num_tokens is {num_tokens}, expected the step's positive number of tokens.")
-    if not (clip_low >= 0 and clip_high >= 0):
-        raise ValueError(f"policy_loss: clip_low is {clip_low} and clip_high is {clip_high}, expected both >= 0.")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"policy_loss: dual_clip is {dual_clip}, expected more than 1, or None to switch it off.")
-    if entropy_coef and entropy_N is None:
-        raise ValueError(f"policy_loss: entropy_coef is {entropy_coef} but entropy_N is None; pass the entropy.")
+    _check(num_tokens, clip_low, clip_high, dual_clip, entropy_N, entropy_coef)
     tensors = {"logprobs": logprobs_N, "old_logprobs": old_logprobs_N, "advantages": advantages_N}
     if entropy_N is not None:
         tensors["entropy"] = entropy_N
     if not library.use_cpp("policy_loss", impl, tensors):
-        return policy_loss_reference(
-            logprobs_N,
-            old_logprobs_N,
-            advantages_N,
-            mask_N,
-            num_tokens,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            entropy_N=entropy_N,
-            entropy_coef=entropy_coef,
-        )
-    loss, stats, _ = torch.ops.aligner.policy_loss(
-        logprobs_N,
-        old_logprobs_N.detach(),
-        advantages_N.detach(),
-        mask_N,
-        entropy_N,
-        float(num_tokens),
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-    )
+        given = dict(dual_clip=dual_clip, entropy_N=entropy_N, entropy_coef=entropy_coef)
+        inputs = (logprobs_N, old_logprobs_N, advantages_N, mask_N, num_tokens)
+        return policy_loss_reference(*inputs, clip_low=clip_low, clip_high=clip_high, **given)
+    inputs = (logprobs_N, old_logprobs_N.detach(), advantages_N.detach(), mask_N, entropy_N)
+    settings = (float(num_tokens), clip_low, clip_high, dual_clip, entropy_coef)
+    loss, stats, _ = torch.ops.aligner.policy_loss(*inputs, *settings)
     names = STATS if entropy_N is not None else STATS[:-1]
     return loss, dict(zip(names, stats.unbind(), strict=False))
 

@@ -95,7 +95,5 @@ def _fill_segment(item: dict, segment: dict, homes: list[tuple[dict, dict]]) -> 
         )
         covered = high
     if covered != end:
-        raise ValueError(
-            f"refit: rows {covered}..{end} of {segment['tensor']}, for {item['name']}, have no source."
-        )
+        raise ValueError(f"refit: rows {covered}..{end} of {segment['tensor']}, for {item['name']}, have no source.")
     return copies

@@ -47,7 +47,7 @@ class SamplingConfig:
     """Nucleus; 1 keeps all tokens. Log-probabilities ignore the cut."""
     top_k: int = 0
     """Most likely tokens kept; 0 keeps all. Log-probabilities ignore the cut."""
-    max_tokens: int = 20
+    max_tokens: int = 16
     """Length limit of a response, tokens."""
 
     def __post_init__(self):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import PolicyBatch, Rollout, pack_rollout
 from aligner.losses.policy import clipped_policy_loss, token_weights
-from aligner.models.critic import Critic
+from aligner.models.critic import Critic, CriticConfig
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import Network, OptimizerConfig
 from aligner.models.policy import Policy
@@ -152,9 +152,8 @@ def test_value_never_sees_its_own_token(tmp_path):
     folder = save_llama(tmp_path / "m", None, vocab_size=311)
     shape = ModelShape.from_folder(folder)
     critic = Critic(
-        shape,
+        CriticConfig(layers=2).shape(shape),
         Weights(folder, shape.tensors()),
-        layers=2,
         lora=LoRAConfig(rank=2),
         optimizer=OptimizerConfig(),
         tokens_per_micro_batch=64,

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from aligner import ppo
 from aligner.checkpoint.huggingface import Weights
 from aligner.losses.value import clipped_value_loss
-from aligner.models.critic import Critic
+from aligner.models.critic import Critic, CriticConfig
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
 from aligner.models.policy import Policy
@@ -88,7 +88,7 @@ def setting(tmp_path_factory):
         "seed": 4,
     }
     policy = Policy(shape, read, temperature=TEMPERATURE, **shared)
-    critic = Critic(shape, read, layers=2, **shared)
+    critic = Critic(CriticConfig(layers=2).shape(shape), read, **shared)
     rollout = random_rollout(307, [(3, 6), (1, 9), (4, 2), (2, 1), (2, 7)])
     config = ppo.Config(
         kl_coef=KL,

@@ -1,0 +1,16 @@
+"""csrc stands alone: it builds and runs without torch and without Python."""
+
+import pathlib
+import subprocess
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_csrc_builds_and_passes(tmp_path):
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DALIGNER_TESTS=ON"],
+        ["cmake", "--build", str(tmp_path), "-j", "2"],
+        ["ctest", "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
