@@ -16,19 +16,8 @@ from collections.abc import Callable
 import torch
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-COLUMNS = [
-    "date",
-    "commit",
-    "machine",
-    "threads",
-    "shape",
-    "dtype",
-    "impl",
-    "seconds_median",
-    "bytes",
-    "gb_per_s",
-    "peak_bytes",
-]
+COLUMNS = ["date", "commit", "machine", "threads", "shape", "dtype", "impl"]
+COLUMNS += ["seconds_median", "bytes", "gb_per_s", "peak_bytes"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
