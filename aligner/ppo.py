@@ -70,7 +70,7 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ProgramConfig):
-    kl_coef: float = 0.15
+    kl_coef: float = 0.08
     """Weight of the per-token KL penalty in the reward."""
     kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
     """Estimator of that penalty."""

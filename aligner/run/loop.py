@@ -21,7 +21,7 @@ class ProgramConfig:
     """JSONL files of held-out prompts; empty holds out reviews, or evaluates nothing when --data is given."""
     eval_prompts: int = 96
     """Held-out prompts answered before the first and after the last step; 0 evaluates nothing."""
-    steps: int = 12
+    steps: int = 10
     """Steps of the whole run."""
     seed: int = 0
     """Of sampling, data order and new parameters."""
