@@ -7,6 +7,7 @@ from aligner.data.tokenizer import load_tokenizer, render_chat
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from aligner.run import config as options
+from aligner.run.atomic import recover_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Config:
 
 def model_folder(checkpoint: Path) -> Path:
     """The Hugging Face directory in a run folder, or the folder itself when it is one."""
+    recover_folder(checkpoint / "policy")
     if (checkpoint / "policy" / "config.json").is_file():
         return checkpoint / "policy"
     if (checkpoint / "config.json").is_file():

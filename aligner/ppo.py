@@ -224,10 +224,10 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     critic = Critic(critic_shape, read, lora=c.lora, optimizer=c.optimizer, **shared)
     sampler = NativeSampler(shape)
     start = checkpoint["step"]
-    if start:
+    if config.resume:
         policy.load_state_dict(checkpoint["policy"])
         critic.load_state_dict(checkpoint["critic"])
-        directory.truncate(start)
+        directory.truncate(start or -1)  # a run that was stopped before its first step evaluates again
     plan = compile_plan(policy.manifest(), sampler.manifest())
     sampler.refit(plan, policy.weight, version=start)
     run = Run(

@@ -60,12 +60,13 @@ def flat(config: Any) -> dict[str, Any]:
 def user_errors(main: Callable[[], int]) -> NoReturn:
     """Run a program and exit with its status; a user's mistake is one line `error: ...` and status 2, no traceback.
 
-    A user's mistake is an OSError, or a ValueError raised by this package's own code. Any other exception, a ValueError
-    from inside a dependency among them, is a defect and keeps its traceback.
+    A user's mistake is an OSError, a ValueError raised by this package's own code, or training that diverged
+    (FloatingPointError). Any other exception, a ValueError from inside a dependency among them, is a defect and keeps
+    its traceback.
     """
     try:
         sys.exit(main())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, ValueError) and not _raised_here(error):
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)

@@ -33,8 +33,6 @@ class ProgramConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     threads: int = 0
     """CPU threads; 0 takes torch's choice, one a core."""
-    dry_run: bool = False
-    """Check everything, train nothing."""
 
     def __post_init__(self):
         if min(self.steps, 1 + self.eval_prompts, 1 + self.save_every, 1 + self.threads) < 1:
@@ -73,6 +71,6 @@ def repeat(
             progress.step(number, metrics)
             if interrupt.requested or number == config.steps or (config.save_every and number % config.save_every == 0):
                 save(saved := number)
-        if interrupt.requested and saved == 0:
+        if interrupt.requested and saved == 0:  # Ctrl-C during the first evaluation
             save(0)
     return INTERRUPTED if interrupt.requested else 0

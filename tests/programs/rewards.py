@@ -11,14 +11,20 @@ def letters(prompts, responses, metadata):
 class InterruptInStep3:
     """Presses Ctrl-C while the third step is running: calls are the check, the first evaluation, then the steps."""
 
+    when = 5
+
     def __init__(self):
         self.calls = 0
 
     def __call__(self, prompts, responses, metadata):
         self.calls += 1
-        if self.calls == 5:
+        if self.calls == self.when:
             os.kill(os.getpid(), signal.SIGINT)
         return letters(prompts, responses, metadata)
+
+
+class InterruptInEvaluation(InterruptInStep3):
+    when = 2
 
 
 def raises(prompts, responses, metadata):
@@ -33,9 +39,10 @@ def too_few(prompts, responses, metadata):
     return [0.0] * (len(responses) + 1)
 
 
-class BreaksLater(InterruptInStep3):
+class BreaksInStep2:
+    def __init__(self):
+        self.calls = 0
+
     def __call__(self, prompts, responses, metadata):
         self.calls += 1
-        if self.calls == 4:
-            return [float("inf")] * len(responses)
-        return letters(prompts, responses, metadata)
+        return [float("inf")] * len(responses) if self.calls == 4 else letters(prompts, responses, metadata)

@@ -141,6 +141,18 @@ def test_interrupted_run_resumes_bit_for_bit(straight: Path, arguments: list[str
     assert all(torch.equal(left[k], right[k]) for k in right)
 
 
+def test_interrupted_before_the_first_step(straight: Path, arguments: list[str], tmp_path):
+    common = [*arguments, "--steps", "1", "--output", str(tmp_path / "run")]
+    assert ppo.main([*common, "--reward.function", "tests.programs.rewards:InterruptInEvaluation"]) == 130
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0"]
+    assert ppo.main([*common, "--resume"]) == 0
+    resumed, whole = metrics(tmp_path / "run"), metrics(straight)
+    assert resumed[0] == whole[0] and [row["step"] for row in resumed] == [0, 1]
+    assert whole[1].items() <= resumed[1].items()
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 5 + 8 + 5
+
+
 def test_seed_changes_the_run(straight: Path, arguments: list[str], tmp_path):
     assert ppo.main([*arguments, "--steps", "1", "--seed", "1", "--output", str(tmp_path / "r")]) == 0
     assert metrics(tmp_path / "r")[1]["reward/mean"] != metrics(straight)[1]["reward/mean"]
@@ -262,7 +274,7 @@ def test_disk_full_keeps_the_older_checkpoint(arguments: list[str], tmp_path):
 
 def test_reward_that_breaks_later_leaves_the_last_checkpoint(arguments: list[str], tmp_path):
     run = tmp_path / "run"
-    extra = ["--reward.function", "tests.programs.rewards:BreaksLater", "--save-every", "1", "--steps", "4"]
+    extra = ["--reward.function", "tests.programs.rewards:BreaksInStep2", "--save-every", "1", "--steps", "4"]
     with pytest.raises(ValueError, match="returned inf for response 0"):
         ppo.main([*arguments, "--output", str(run), *extra])
     assert [f.name for f in (run / "checkpoints").iterdir()] == ["step-1"]
