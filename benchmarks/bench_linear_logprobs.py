@@ -25,6 +25,15 @@ def fused(hidden, weight, targets):
     return backward(ops.linear_logprobs(hidden, weight, targets, impl="cpp")[0], hidden, weight)
 
 
+def fused_avx2(hidden, weight, targets):
+    best = ops.cpu_isa()
+    ops.cpu_isa("avx2")
+    try:
+        return fused(hidden, weight, targets)
+    finally:
+        ops.cpu_isa(best)
+
+
 def materialised(hidden, weight, targets):
     logprobs = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])
     return backward(logprobs, hidden, weight)
@@ -41,7 +50,7 @@ def materialised_forward(hidden, weight, targets):
 
 
 if __name__ == "__main__":
-    both = {"cpp": fused, "torch": materialised}
+    both = {"cpp": fused, "cpp-avx2": fused_avx2, "torch": materialised}
     smallest = 4 * (N * H + V * H)  # hidden and weight, read once
     cases = [
         harness.Case(

@@ -7,9 +7,9 @@ namespace {
 
 std::string cpu_isa_op(std::optional<std::string> force) {
   if (force) {
-    STD_TORCH_CHECK(force_cpu_isa(force->c_str()),
-                    "cpu_isa: force must be portable, avx2 (where the machine has it) or ", "empty (detect), got ",
-                    *force);
+    STD_TORCH_CHECK(
+        force_cpu_isa(force->c_str()),
+        "cpu_isa: force must be portable, avx2 or avx512 (where the machine has them) or empty (detect), got ", *force);
   }
   return cpu_isa_name();
 }

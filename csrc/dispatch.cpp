@@ -6,9 +6,14 @@
 namespace aligner {
 namespace {
 
+constexpr const char* NAMES[] = {"portable", "avx2", "avx512"};
+
 CpuIsa detect() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuIsa::avx2;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2) return avx512 ? CpuIsa::avx512 : CpuIsa::avx2;
 #endif
   return CpuIsa::portable;
 }
@@ -19,19 +24,20 @@ std::atomic<CpuIsa> current{detect()};
 
 CpuIsa cpu_isa() { return current.load(std::memory_order_relaxed); }
 
-const char* cpu_isa_name() { return cpu_isa() == CpuIsa::avx2 ? "avx2" : "portable"; }
+const char* cpu_isa_name() { return NAMES[int(cpu_isa())]; }
 
 bool force_cpu_isa(const char* name) {
+  const CpuIsa best = detect();
   if (std::strcmp(name, "") == 0) {
-    current = detect();
-  } else if (std::strcmp(name, "portable") == 0) {
-    current = CpuIsa::portable;
-  } else if (std::strcmp(name, "avx2") == 0 && detect() == CpuIsa::avx2) {
-    current = CpuIsa::avx2;
-  } else {
-    return false;
+    current = best;
+    return true;
   }
-  return true;
+  for (int isa = 0; isa <= int(best); ++isa) {
+    if (std::strcmp(name, NAMES[isa]) != 0) continue;
+    current = CpuIsa(isa);
+    return true;
+  }
+  return false;
 }
 
 }  // namespace aligner

@@ -5,28 +5,33 @@
 
 namespace aligner {
 
-enum class CpuIsa { portable, avx2 };
+enum class CpuIsa { portable, avx2, avx512 };  // in order of preference, the best last
 
 CpuIsa cpu_isa();                      // in use: what the machine has, unless forced
-const char* cpu_isa_name();            // "portable" or "avx2"
-bool force_cpu_isa(const char* name);  // "portable", "avx2" or "" (detect); false when unknown or not available
+const char* cpu_isa_name();            // "portable", "avx2" or "avx512"
+bool force_cpu_isa(const char* name);  // one of those, or "" (detect); false when unknown or not available
 
 }  // namespace aligner
 
 #if defined(__x86_64__)
-#define ALIGNER_CPU_KERNEL(name, Params) \
-  namespace portable {                   \
-  void name(const Params& p);            \
-  }                                      \
-  namespace avx2 {                       \
-  void name(const Params& p);            \
-  }                                      \
-  inline void name(const Params& p) {    \
-    if (cpu_isa() == CpuIsa::avx2) {     \
-      avx2::name(p);                     \
-    } else {                             \
-      portable::name(p);                 \
-    }                                    \
+#define ALIGNER_CPU_KERNEL(name, Params)    \
+  namespace portable {                      \
+  void name(const Params& p);               \
+  }                                         \
+  namespace avx2 {                          \
+  void name(const Params& p);               \
+  }                                         \
+  namespace avx512 {                        \
+  void name(const Params& p);               \
+  }                                         \
+  inline void name(const Params& p) {       \
+    if (cpu_isa() == CpuIsa::avx512) {      \
+      avx512::name(p);                      \
+    } else if (cpu_isa() == CpuIsa::avx2) { \
+      avx2::name(p);                        \
+    } else {                                \
+      portable::name(p);                    \
+    }                                       \
   }
 #else
 #define ALIGNER_CPU_KERNEL(name, Params) \

@@ -6,8 +6,8 @@
 
 namespace aligner::ALIGNER_ISA {
 
-constexpr int64_t CHUNK = 192;                  // rows of weight at a time: a multiple of 16 (panels) and of 6 (tiles)
-constexpr int64_t TILE_ROWS = 132;              // rows of hidden at a time: a multiple of 6
+constexpr int64_t CHUNK = 192;                  // rows of weight at a time: a multiple of PANEL and of ROWS
+constexpr int64_t TILE_ROWS = 132;              // rows of hidden at a time: a multiple of ROWS
 constexpr int64_t TILE_STRIDE = CHUNK + PANEL;  // CHUNK alone may put a column of the tile into few cache sets
 
 // First of the `part`-th of `parts` shares of `count`, on a multiple of `unit`.

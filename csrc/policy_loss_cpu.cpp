@@ -22,7 +22,7 @@ ALIGNER_INLINE vfloat k3(vfloat d, vfloat ratio) {
 static void policy_loss_part(const PolicyLossParams& p, int64_t begin, int64_t end, double* sums) {
   const float scale = float(1.0 / p.num_tokens);
   const vfloat low = splat(1.f - p.clip_low), high = splat(1.f + p.clip_high), zero = splat(0.f);
-  vdouble4 total[POLICY_STATS] = {};
+  vdouble total[POLICY_STATS] = {};
   for (int64_t i = begin; i < end; i += LANES) {
     const int64_t n = end - i;
     const vfloat w = load_weights(p.mask, p.weights, i, n);

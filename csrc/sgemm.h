@@ -1,5 +1,5 @@
 // Float32 matrix product on packed panels: C (+)= A B. Included only by *_cpu.cpp.
-// A is read in place through two strides, so that it may be transposed; B is packed in panels of 16 columns.
+// A is read in place through two strides, so that it may be transposed; B is packed in panels of PANEL columns.
 #pragma once
 #include <stdlib.h>
 
@@ -9,10 +9,10 @@
 
 namespace aligner::ALIGNER_ISA {
 
-constexpr int64_t PANEL = 16;      // columns
-constexpr int64_t ROWS = 6;        // 6 x 16 accumulators fill twelve of the sixteen AVX registers
-constexpr int64_t ROW_BLOCK = 96;  // rows of A that stay in L2 while the panels go by
-constexpr int64_t DEPTH = 576;     // of B kept at once; slicing shallower than this was measured 7 % slower
+constexpr int64_t PANEL = 2 * LANES;            // columns
+constexpr int64_t ROWS = LANES == 16 ? 12 : 6;  // twelve of sixteen AVX registers, or 24 of 32, hold accumulators
+constexpr int64_t ROW_BLOCK = 96;               // rows of A that stay in L2 while the panels go by
+constexpr int64_t DEPTH = 9216 / PANEL;         // of B kept at once, 36 KB; slicing shallower was measured slower
 
 struct Buffer {
   float* data;
@@ -27,7 +27,7 @@ struct Buffer {
 
 ALIGNER_INLINE int64_t panels(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
-// Panel i of B = X^T (columns of B are rows of X), depth = columns of X. dst: [depth][16], zero beyond the last row.
+// Panel i of B = X^T (columns of B are rows of X), depth = columns of X. dst: [depth][PANEL], zero beyond the last row.
 template <class D>
 static void pack_transposed_panel(const typename D::T* x, int64_t row_stride, int64_t rows, int64_t depth, int64_t i,
                                   float* dst) {
@@ -35,7 +35,7 @@ static void pack_transposed_panel(const typename D::T* x, int64_t row_stride, in
   const typename D::T* p = x + i * PANEL * row_stride;
   for (int64_t k = 0; k < depth; ++k, dst += PANEL) {
     if (n == PANEL) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int64_t j = 0; j < PANEL; ++j) dst[j] = D::get(p + j * row_stride + k);
     } else {
       for (int64_t j = 0; j < PANEL; ++j) dst[j] = j < n ? D::get(p + j * row_stride + k) : 0.f;
@@ -43,7 +43,7 @@ static void pack_transposed_panel(const typename D::T* x, int64_t row_stride, in
   }
 }
 
-// Panel i of B = X, depth = rows of X. dst: [depth][16], zero beyond the last column.
+// Panel i of B = X, depth = rows of X. dst: [depth][PANEL], zero beyond the last column.
 template <class D>
 static void pack_panel(const typename D::T* x, int64_t row_stride, int64_t depth, int64_t columns, int64_t i,
                        float* dst) {
@@ -73,11 +73,11 @@ static inline void tile(const float* a, int64_t a_row, int64_t a_column, const f
   for (int i = 0; i < M; ++i) __builtin_prefetch(c + i * c_row, 1);  // C is beyond L2, and wanted only at the end
   vfloat acc[M][2];
 // GCC 12 keeps the accumulators on the stack unless these loops are unrolled: a third of the speed.
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = vfloat{};
   for (int64_t k = 0; k < depth; ++k) {
     const vfloat b0 = Float32::load(b + k * PANEL), b1 = Float32::load(b + k * PANEL + LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const vfloat x = splat(a[i * a_row + k * a_column]);
       acc[i][0] += x * b0;
@@ -86,7 +86,7 @@ static inline void tile(const float* a, int64_t a_row, int64_t a_column, const f
   }
   if (columns < PANEL) {
     float last[M * PANEL];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       Float32::store(last + i * PANEL, acc[i][0]);
       Float32::store(last + i * PANEL + LANES, acc[i][1]);
@@ -96,7 +96,7 @@ static inline void tile(const float* a, int64_t a_row, int64_t a_column, const f
     }
     return;
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < M; ++i) {
     float* out = c + i * c_row;
     Float32::store(out, add ? acc[i][0] + Float32::load(out) : acc[i][0]);
@@ -104,25 +104,15 @@ static inline void tile(const float* a, int64_t a_row, int64_t a_column, const f
   }
 }
 
+template <int M>
 static inline void tiles(int64_t rows, const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t depth,
                          float* c, int64_t c_row, int64_t columns, bool add) {
-  switch (rows) {
-    case 1:
-      return tile<1>(a, a_row, a_column, b, depth, c, c_row, columns, add);
-    case 2:
-      return tile<2>(a, a_row, a_column, b, depth, c, c_row, columns, add);
-    case 3:
-      return tile<3>(a, a_row, a_column, b, depth, c, c_row, columns, add);
-    case 4:
-      return tile<4>(a, a_row, a_column, b, depth, c, c_row, columns, add);
-    case 5:
-      return tile<5>(a, a_row, a_column, b, depth, c, c_row, columns, add);
-    default:
-      return tile<6>(a, a_row, a_column, b, depth, c, c_row, columns, add);
-  }
+  if (rows == M) return tile<M>(a, a_row, a_column, b, depth, c, c_row, columns, add);
+  if constexpr (M > 1) tiles<M - 1>(rows, a, a_row, a_column, b, depth, c, c_row, columns, add);
 }
 
-// C (+)= A B. A: [rows, depth] through strides; packed: panels(columns) panels, each [depth][16]; C: [rows, columns].
+// C (+)= A B. A: [rows, depth] through strides; packed: panels(columns) panels, each [depth][PANEL]; C: [rows,
+// columns].
 static void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_column,
                  const float* packed, float* c, int64_t c_row, bool add) {
   const int64_t slices = larger(1, (depth + DEPTH - 1) / DEPTH);
@@ -133,8 +123,8 @@ static void gemm(int64_t rows, int64_t columns, int64_t depth, const float* a, i
       for (int64_t j = 0; j < columns; j += PANEL) {
         const float* b = packed + j * depth + k * PANEL;
         for (int64_t i = r; i < r_end; i += ROWS) {
-          tiles(smaller(ROWS, r_end - i), a + i * a_row + k * a_column, a_row, a_column, b, k_count, c + i * c_row + j,
-                c_row, columns - j, add || s > 0);
+          tiles<ROWS>(smaller(ROWS, r_end - i), a + i * a_row + k * a_column, a_row, a_column, b, k_count,
+                      c + i * c_row + j, c_row, columns - j, add || s > 0);
         }
       }
     }

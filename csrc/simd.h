@@ -1,21 +1,27 @@
-// Eight floats at a time through GCC vector extensions: one source, any instruction set. Included only by *_cpu.cpp.
+// Eight or sixteen floats at a time through GCC vector extensions: one source, any instruction set. Included only by
+// *_cpu.cpp.
 #pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
 namespace aligner::ALIGNER_ISA {
 
-typedef float vfloat __attribute__((vector_size(32)));
-typedef int32_t vint __attribute__((vector_size(32)));
-typedef double vdouble4 __attribute__((vector_size(32)));
-typedef float vfloat4 __attribute__((vector_size(16)));
-typedef uint16_t vushort __attribute__((vector_size(16)));
-
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#else
 constexpr int64_t LANES = 8;
+#endif
+typedef float vfloat __attribute__((vector_size(LANES * 4)));
+typedef int32_t vint __attribute__((vector_size(LANES * 4)));
+typedef double vdouble __attribute__((vector_size(LANES * 4)));  // half as many
+typedef float vfloat_half __attribute__((vector_size(LANES * 2)));
+typedef uint16_t vushort __attribute__((vector_size(LANES * 2)));
+typedef uint8_t vbyte __attribute__((vector_size(LANES)));
+
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
@@ -87,14 +93,18 @@ ALIGNER_INLINE void store_some(typename D::T* p, vfloat v, int64_t count) {
 }
 
 ALIGNER_INLINE vfloat vmax(vfloat a, vfloat b) {  // b where either is NaN
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
   return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
 #else
   return a > b ? a : b;
 #endif
 }
 ALIGNER_INLINE vfloat vmin(vfloat a, vfloat b) {  // b where either is NaN
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
   return (vfloat)_mm256_min_ps((__m256)a, (__m256)b);
 #else
   return a < b ? a : b;
@@ -110,12 +120,31 @@ ALIGNER_INLINE double hsum(vfloat v) {
   for (int i = 0; i < LANES; ++i) s += v[i];
   return s;
 }
-ALIGNER_INLINE double hsum(vdouble4 v) { return (v[0] + v[1]) + (v[2] + v[3]); }
-ALIGNER_INLINE vdouble4 widen_sum(vfloat v) {  // eight floats folded into four doubles
-  vfloat4 lo, hi;
-  memcpy(&lo, &v, sizeof lo);
-  memcpy(&hi, (const char*)&v + sizeof lo, sizeof hi);
-  return __builtin_convertvector(lo, vdouble4) + __builtin_convertvector(hi, vdouble4);
+ALIGNER_INLINE double hsum(vdouble v) {
+  double s = 0;
+  for (int64_t i = 0; i < LANES / 2; ++i) s += v[i];
+  return s;
+}
+struct Doubles {
+  vdouble low, high;
+};
+ALIGNER_INLINE Doubles widen(vfloat v) {
+  vfloat_half low, high;
+  memcpy(&low, &v, sizeof low);
+  memcpy(&high, (const char*)&v + sizeof low, sizeof high);
+  return {__builtin_convertvector(low, vdouble), __builtin_convertvector(high, vdouble)};
+}
+ALIGNER_INLINE vfloat narrow(Doubles d) {
+  const vfloat_half low = __builtin_convertvector(d.low, vfloat_half);
+  const vfloat_half high = __builtin_convertvector(d.high, vfloat_half);
+  vfloat v;
+  memcpy(&v, &low, sizeof low);
+  memcpy((char*)&v + sizeof low, &high, sizeof high);
+  return v;
+}
+ALIGNER_INLINE vdouble widen_sum(vfloat v) {  // floats folded into half as many doubles
+  const Doubles d = widen(v);
+  return d.low + d.high;
 }
 
 // 2^y for -126 <= y < 128, about 1 ulp: nearest integer by a magic add, degree-6 minimax polynomial on [-1/2, 1/2].

@@ -1,4 +1,4 @@
-// Weights of eight tokens, from a bool mask or from float weights. Included only by *_cpu.cpp.
+// Weights of LANES tokens, from a bool mask or from float weights. Included only by *_cpu.cpp.
 #pragma once
 #include "simd.h"
 
@@ -8,7 +8,6 @@ ALIGNER_INLINE vfloat load_weights(const bool* mask, const float* weights, int64
   if (weights) return load_some<Float32>(weights + i, count, 0.f);
   vfloat w{};
   if (count >= LANES) {
-    typedef uint8_t vbyte __attribute__((vector_size(8)));
     vbyte b;
     memcpy(&b, mask + i, sizeof b);
     return __builtin_convertvector(b, vfloat);

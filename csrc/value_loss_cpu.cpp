@@ -10,7 +10,7 @@ constexpr int64_t VALUE_STATS = 4;
 static void value_loss_part(const ValueLossParams& p, int64_t begin, int64_t end, double* sums) {
   const float scale = float(1.0 / p.num_tokens);
   const vfloat zero = splat(0.f), bound = splat(p.clip);
-  vdouble4 total[VALUE_STATS] = {};
+  vdouble total[VALUE_STATS] = {};
   for (int64_t i = begin; i < end; i += LANES) {
     const int64_t n = end - i;
     const vfloat w = load_weights(p.mask, p.weights, i, n);

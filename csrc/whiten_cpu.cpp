@@ -7,29 +7,12 @@ namespace aligner::ALIGNER_ISA {
 
 constexpr int64_t GRAIN = 1 << 14;
 
-struct Doubles {
-  vdouble4 low, high;
-};
-ALIGNER_INLINE Doubles widen(vfloat v) {
-  vfloat4 low, high;
-  memcpy(&low, &v, sizeof low);
-  memcpy(&high, (const char*)&v + sizeof low, sizeof high);
-  return {__builtin_convertvector(low, vdouble4), __builtin_convertvector(high, vdouble4)};
-}
-ALIGNER_INLINE vfloat narrow(Doubles d) {
-  const vfloat4 low = __builtin_convertvector(d.low, vfloat4), high = __builtin_convertvector(d.high, vfloat4);
-  vfloat v;
-  memcpy(&v, &low, sizeof low);
-  memcpy((char*)&v + sizeof low, &high, sizeof high);
-  return v;
-}
-
 // Sum over tokens of term(x, weight), whose weight is 0 or 1; the same parts in the same order every time.
 template <class Term>
 static double sum_tokens(const WhitenMomentsParams& p, const Term& term) {
   double sums[MAX_PARTS];
   const int parts = parallel_parts(p.count, GRAIN, [&](int64_t begin, int64_t end, int part) {
-    vdouble4 sum{};
+    vdouble sum{};
     for (int64_t i = begin; i < end; i += LANES) {
       const vfloat w = load_weights(p.mask, nullptr, i, end - i);
       sum += term(keep(w, load_some<Float32>(p.x + i, end - i, 0.f)), w);
@@ -49,7 +32,7 @@ void whiten_moments_cpu(const WhitenMomentsParams& p) {
   p.moments[1] = mean;
   p.moments[2] = sum_tokens(p, [mean](vfloat x, vfloat w) {
     const Doubles value = widen(x), weight = widen(w);
-    const vdouble4 low = value.low - mean, high = value.high - mean;
+    const vdouble low = value.low - mean, high = value.high - mean;
     return low * low * weight.low + high * high * weight.high;
   });
 }

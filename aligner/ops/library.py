@@ -56,7 +56,7 @@ def use_cpp(op: str, impl: str, tensors: dict[str, Tensor], dtypes: Sequence[tor
 
 
 def cpu_isa(force: str | None = None) -> str:
-    """Instruction set the CPU kernels run with, "avx2" or "portable".
+    """Instruction set the CPU kernels run with, "avx512", "avx2" or "portable".
 
     force: use this one from now on ("" goes back to detection). Raises RuntimeError where the machine lacks it.
     """

@@ -10,7 +10,7 @@ int main() {  // two sequences, gamma = lam = 1: an advantage is the reward to g
   const int32_t cu_seqlens[] = {0, 4, 5};
   const float want[] = {.5f, 0, .75f, .875f, 1};
   int failures = 0;
-  for (const char* isa : {"portable", "avx2"}) {
+  for (const char* isa : {"portable", "avx2", "avx512"}) {
     if (!aligner::force_cpu_isa(isa)) continue;
     float advantages[5], returns[5];
     aligner::gae_cpu({rewards, values, action, cu_seqlens, advantages, returns, 2, 1.0, 1.0});

@@ -53,7 +53,7 @@ void two_words_linear() {
 }  // namespace
 
 int main() {
-  for (const char* isa : {"portable", "avx2"}) {
+  for (const char* isa : {"portable", "avx2", "avx512"}) {
     if (!aligner::force_cpu_isa(isa)) continue;
     two_words();
     two_words_linear();
