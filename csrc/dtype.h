@@ -2,6 +2,6 @@
 
 namespace aligner {
 
-enum class Dtype { float32, bfloat16 };
+enum class Dtype { float32, bfloat16, float16 };
 
 }  // namespace aligner

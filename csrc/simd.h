@@ -30,6 +30,7 @@ constexpr float LN2 = 0.6931471805599453f;
 ALIGNER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ALIGNER_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 ALIGNER_INLINE vfloat splat(float x) { return x - vfloat{}; }
+ALIGNER_INLINE vint splat_int(int32_t x) { return x - vint{}; }
 
 struct Float32 {
   using T = float;
@@ -61,6 +62,41 @@ struct Bfloat16 {
     float f;
     memcpy(&f, &u, sizeof f);
     return f;
+  }
+};
+
+struct Float16 {
+  using T = uint16_t;
+#if defined(__AVX512F__)
+  ALIGNER_INLINE vfloat load(const uint16_t* p) {
+    return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  }
+  ALIGNER_INLINE void store(uint16_t* p, vfloat v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif defined(__F16C__)
+  ALIGNER_INLINE vfloat load(const uint16_t* p) { return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  ALIGNER_INLINE void store(uint16_t* p, vfloat v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+  ALIGNER_INLINE vfloat load(const uint16_t* p) {
+    vushort h;
+    memcpy(&h, p, sizeof h);
+    const vint u = __builtin_convertvector(h, vint), size = (u & 0x7fff) << 13;
+    const vfloat finite = (vfloat)size * 0x1p112f;  // moves the exponent's bias, denormals included
+    const vint bits = size >= 0x0f800000 ? size | 0x7f800000 : (vint)finite;
+    return (vfloat)(bits | (u & 0x8000) << 16);
+  }
+  ALIGNER_INLINE void store(uint16_t* p, vfloat v) {  // round to nearest even; a NaN stays one
+    const vint u = (vint)v & 0x7fffffff, sign = ((vint)v >> 16) & 0x8000;
+    const vint normal = (u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13;
+    const vint denormal = (vint)((vfloat)u + 0.5f) - 0x3f000000;  // the addition rounds at 2^-24
+    const vint beyond = u > 0x7f800000 ? splat_int(0x7e00) : splat_int(0x7c00);
+    const vint bits = u >= 0x47800000 ? beyond : (u < 0x38800000 ? denormal : normal);
+    const vushort h = __builtin_convertvector(bits | sign, vushort);
+    memcpy(p, &h, sizeof h);
+  }
+#endif
+  ALIGNER_INLINE float get(const uint16_t* p) {
+    uint16_t t[LANES] = {*p};
+    return load(t)[0];
   }
 };
 

@@ -7,7 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.ops import library, vocab_parallel
-from aligner.ops.logprobs import DTYPES, logprobs_reference
+from aligner.ops.logprobs import logprobs_reference
+
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def linear_logprobs_reference(
@@ -63,7 +65,7 @@ def linear_logprobs(
     """
     if not temperature > 0:
         raise ValueError(f"linear_logprobs: temperature is {temperature}, expected more than 0.")
-    if not library.use_cpp("linear_logprobs", impl, {"hidden": hidden_NH, "weight": weight_VH}, DTYPES):
+    if not library.use_compiled("linear_logprobs", impl, {"hidden": hidden_NH, "weight": weight_VH}, DTYPES):
         return linear_logprobs_reference(
             hidden_NH, weight_VH, targets_N, mask_N=mask_N, temperature=temperature, group=group
         )
