@@ -1,4 +1,5 @@
-// Weights of LANES tokens, from a bool mask or from float weights. Included only by *_cpu.cpp.
+// Weights of LANES tokens, from a bool mask, from float weights, or 1 where neither is given. Included only by
+// *_cpu.cpp.
 #pragma once
 #include "simd.h"
 
@@ -7,6 +8,10 @@ namespace aligner::ALIGNER_ISA {
 ALIGNER_INLINE vfloat load_weights(const bool* mask, const float* weights, int64_t i, int64_t count) {
   if (weights) return load_some<Float32>(weights + i, count, 0.f);
   vfloat w{};
+  if (!mask) {
+    for (int64_t j = 0; j < LANES; ++j) w[j] = j < count ? 1.f : 0.f;
+    return w;
+  }
   if (count >= LANES) {
     vbyte b;
     memcpy(&b, mask + i, sizeof b);
