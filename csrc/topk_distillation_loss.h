@@ -25,6 +25,7 @@ struct TopkDistillationLossParams {
   float* kl;                     // [N] out, nats; 0 where masked out
   float* max;                    // [N] out, largest student logit of the events' vocabulary (not divided by T)
   float* log_sum;                // [N] out, log sum e^{(z - max) / T} over it, nats
+  float* rest;                   // [N] out, the student's probability outside the top k; 0 without teacher_log_sum
   int64_t rows, columns, k;      // N, V, K
   int64_t row_stride;            // elements between rows of logits
   float inverse_temperature;     // 1 / T, dimensionless, > 0
@@ -41,6 +42,7 @@ struct TopkDistillationLossBackwardParams {
   const float* kl;               // [N] as above
   const float* max;              // [N] as above
   const float* log_sum;          // [N] as above
+  const float* rest;             // [N] as above
   const float* d_kl;             // [N] upstream gradient
   void* d_logits;                // [N, V] out, of dtype, contiguous
   int64_t rows, columns, k;      // N, V, K

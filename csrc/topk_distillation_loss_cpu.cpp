@@ -39,29 +39,44 @@ ALIGNER_INLINE double kl_term(double log_x, double log_y) {
   return x > 0 ? x * (log_x - log_y) : 0.0;
 }
 
+// Statistics of the student's row outside the top k: what remains is not 1 - sum, which would cancel.
+template <class D, class P>
+static RowStats rest_of_row(const TopK<D, P>& t) {
+  RowStats s;
+  float block[BLOCK];
+  for (int64_t v = 0; v < t.p.columns; v += BLOCK) {
+    const int64_t count = smaller(BLOCK, t.p.columns - v);
+    for (int64_t i = 0; i < count; i += LANES) {
+      store_some<Float32>(block + i, load_some<D>(t.z + v + i, count - i, 0.f), count - i);
+    }
+    for (int64_t i = 0; i < t.p.k; ++i) {
+      if (t.ids[i] >= v && t.ids[i] < v + count) block[t.ids[i] - v] = -INFINITY;
+    }
+    update_row<Float32>(s, block, count, t.p.inverse_temperature);
+  }
+  return s;
+}
+
 template <class D>
 static void forward_row(const TopkDistillationLossParams& p, int64_t n) {
   TopK<D, TopkDistillationLossParams> t(p, n);
-  RowStats s;
-  if (p.teacher_log_sum) {
-    for (int64_t v = 0; v < p.columns; v += BLOCK) {
-      update_row<D>(s, t.z + v, smaller(BLOCK, p.columns - v), p.inverse_temperature);
-    }
-  } else {
-    for (int64_t i = 0; i < p.k; ++i) s.max = t.student(i) > s.max ? float(t.student(i)) : s.max;
-    for (int64_t i = 0; i < p.k; ++i) s.sum += ::exp((t.student(i) - s.max) * p.inverse_temperature);
-  }
-  p.max[n] = s.max;
-  p.log_sum[n] = float(::log(s.sum));
-  t.max = s.max;
-  t.log_sum = ::log(s.sum);
-  double kl = 0, rest_p = 1, rest_q = 1;
+  const RowStats rest = p.teacher_log_sum ? rest_of_row<D>(t) : RowStats{};
+  t.max = rest.max;
+  for (int64_t i = 0; i < p.k; ++i) t.max = t.student(i) > t.max ? t.student(i) : t.max;
+  const double rest_sum = rest.sum > 0 ? rest.sum * ::exp((rest.max - t.max) * p.inverse_temperature) : 0.0;
+  double sum = rest_sum;
+  for (int64_t i = 0; i < p.k; ++i) sum += ::exp((t.student(i) - t.max) * p.inverse_temperature);
+  t.log_sum = ::log(sum);
+  double kl = 0, rest_p = 1;
+  const double rest_q = rest_sum / sum;
   for (int64_t i = 0; i < p.k; ++i) {
     const double log_p = t.log_p(i), log_q = t.log_q(i);
     kl += p.backward_kl ? kl_term(log_q, log_p) : kl_term(log_p, log_q);
     rest_p -= ::exp(log_p);
-    rest_q -= ::exp(log_q);
   }
+  p.max[n] = float(t.max);
+  p.log_sum[n] = float(t.log_sum);
+  p.rest[n] = float(rest_q);
   if (p.teacher_log_sum) {
     const double log_p = ::log(rest_p > REST_FLOOR ? rest_p : REST_FLOOR);
     const double log_q = ::log(rest_q > REST_FLOOR ? rest_q : REST_FLOOR);
@@ -81,12 +96,12 @@ static void backward_row(const TopkDistillationLossBackwardParams& p, int64_t n)
   TopK<D, TopkDistillationLossBackwardParams> t(p, n);
   t.max = p.max[n];
   t.log_sum = p.log_sum[n];
-  double mean = 0, rest_p = 1, rest_q = 1, rest_slope = 0;  // mean = sum_e q_e g_e
+  double mean = 0, rest_p = 1, rest_slope = 0;  // mean = sum_e q_e g_e
+  const double rest_q = p.rest[n];
   for (int64_t i = 0; i < p.k; ++i) {
     const double log_p = t.log_p(i), log_q = t.log_q(i), q = ::exp(log_q);
     mean += !p.backward_kl ? -::exp(log_p) : q > 0 ? q * (log_q - log_p + 1) : 0.0;
     rest_p -= ::exp(log_p);
-    rest_q -= q;
   }
   if (p.teacher_log_sum && rest_q > REST_FLOOR) {
     if (rest_p < REST_FLOOR) rest_p = REST_FLOOR;
@@ -114,7 +129,7 @@ static void forward_rows(const TopkDistillationLossParams& p, int64_t begin, int
     if (!p.mask || p.mask[n]) {
       forward_row<D>(p, n);
     } else {
-      p.kl[n] = p.max[n] = p.log_sum[n] = 0.f;
+      p.kl[n] = p.max[n] = p.log_sum[n] = p.rest[n] = 0.f;
     }
   }
 }
