@@ -165,10 +165,18 @@ struct Doubles {
   vdouble low, high;
 };
 ALIGNER_INLINE Doubles widen(vfloat v) {
+#if defined(__AVX512F__)  // GCC 12 goes through the stack where halves are taken by memcpy
+  const __m512 x = (__m512)v;
+  return {(vdouble)_mm512_cvtps_pd(_mm512_castps512_ps256(x)), (vdouble)_mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+#elif defined(__AVX2__)
+  const __m256 x = (__m256)v;
+  return {(vdouble)_mm256_cvtps_pd(_mm256_castps256_ps128(x)), (vdouble)_mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+#else
   vfloat_half low, high;
   memcpy(&low, &v, sizeof low);
   memcpy(&high, (const char*)&v + sizeof low, sizeof high);
   return {__builtin_convertvector(low, vdouble), __builtin_convertvector(high, vdouble)};
+#endif
 }
 ALIGNER_INLINE vfloat narrow(Doubles d) {
   const vfloat_half low = __builtin_convertvector(d.low, vfloat_half);
