@@ -7,6 +7,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -105,6 +109,20 @@ T* out(const Tensor& t) {
 
 inline Tensor new_float(const Tensor& like, std::initializer_list<int64_t> shape) {
   return torch::stable::new_empty(like, shape, ScalarType::Float);
+}
+
+// A matrix for a gradient of logits or weights. Its memory is new to the process, and where it is large the kernel's
+// page faults cost several times the arithmetic: huge pages need a 512th of them.
+inline Tensor new_large(const Tensor& like, int64_t rows, int64_t columns) {
+  Tensor t = torch::stable::new_empty(like, {rows, columns});
+#if defined(__linux__)
+  constexpr uintptr_t huge = 1 << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + huge - 1) / huge * huge;
+  const auto end =
+      (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + rows * columns * t.element_size()) / huge * huge;
+  if (t.is_cpu() && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
 }
 
 // A token mask is bool, or float32 weights; exactly one pointer of a Params struct is set.

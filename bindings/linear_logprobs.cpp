@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> linear_logprobs_backward(const Tensor& hidden, const 
     if ((g && g[n] != 0.f) || (g_entropy && g_entropy[n] != 0.f)) rows.push_back(n);
   }
   Tensor d_hidden = torch::stable::new_zeros(in.hidden, {need_hidden ? in.N : 0, in.H});
-  Tensor d_weight = torch::stable::new_empty(in.weight, {need_weight ? in.V : 0, in.H});
+  Tensor d_weight = new_large(in.weight, need_weight ? in.V : 0, in.H);
   linear_logprobs_backward_cpu({in.hidden.const_data_ptr(), in.weight.const_data_ptr(), rows.data(), in.targets.data(),
                                 data<float>(max), data<float>(log_sum), data<float>(entropy), g, g_entropy,
                                 need_hidden ? d_hidden.mutable_data_ptr() : nullptr,

@@ -48,7 +48,7 @@ Tensor logprobs_backward(const Tensor& logits_, const Tensor& targets, double te
                          const std::optional<Tensor>& d_logprobs, const std::optional<Tensor>& d_entropy) {
   STD_TORCH_CHECK(logits_.dim() == 2, OP, ": logits must have 2 dimensions, got ", logits_.dim());
   const Tensor logits = checked_rows(Call(OP, logits_), "logits", logits_, logits_.size(0), logits_.size(1));
-  Tensor d_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Tensor d_logits = new_large(logits, logits.size(0), logits.size(1));
   backward_into(d_logits, logits, targets, temperature, vocab_start, vocab_size, max, log_sum, entropy, d_logprobs,
                 d_entropy);
   return d_logits;

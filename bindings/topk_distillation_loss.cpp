@@ -63,7 +63,7 @@ Tensor topk_distillation_loss_backward(const Tensor& logits, const Tensor& topk_
   const Tensor log_sum = checked(call, "log_sum", log_sum_, ScalarType::Float, {in.N});
   const Tensor rest = checked(call, "rest", rest_, ScalarType::Float, {in.N});
   const Tensor d_kl = checked(call, "d_kl", d_kl_, ScalarType::Float, {in.N});
-  Tensor d_logits = torch::stable::new_empty(logits, {in.N, in.V});
+  Tensor d_logits = new_large(logits, in.N, in.V);
   run<TopkDistillationLossBackwardParams>(
       call, topk_distillation_loss_backward_cpu, "topk_distillation_loss_backward",
       {in.logits.const_data_ptr(), data<int64_t>(in.topk_ids), data<float>(in.topk_logits),
