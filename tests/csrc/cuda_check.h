@@ -60,6 +60,16 @@ inline Array<bool> random_mask(Random& random, double probability, std::initiali
   return mask;
 }
 
+// Prefix sums of lengths below `limit`, one in four of them 0.
+inline Array<int32_t> random_cu_seqlens(Random& random, int64_t sequences, int64_t limit) {
+  Array<int32_t> cu_seqlens(sequences + 1);
+  cu_seqlens[0] = 0;
+  for (int64_t b = 0; b < sequences; ++b) {
+    cu_seqlens[b + 1] = cu_seqlens[b] + (random.chance(0.25) ? 0 : int32_t(random.below(limit)));
+  }
+  return cu_seqlens;
+}
+
 inline int failures = 0;
 
 template <class T>
@@ -87,6 +97,11 @@ template <class Params>
 void run(int (*kernel)(const void*, void*, void*), const Params& params) {
   const Array<double> workspace(aligner::CUDA_WORKSPACE_BYTES / sizeof(double));
   expect("a launch failed", kernel(&params, workspace.data(), nullptr) == 0);
+}
+
+// What a kernel cannot do without: each input read once, each output written once.
+inline void minimum(const char* kernel, int64_t bytes_read, int64_t bytes_written) {
+  printf("minimum %s %ld %ld\n", kernel, long(bytes_read), long(bytes_written));
 }
 
 // A named list of comparisons, each run for several seeds, which draw the data and the schedule of the threads; and one

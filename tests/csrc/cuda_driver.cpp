@@ -33,7 +33,8 @@ int main(int count, char** arguments) {
   cases->large();
   uint64_t launches, loads, stores;
   for (int i = 0; const char* kernel = aligner_emulation_traffic(i, &launches, &loads, &stores); ++i) {
-    printf("%s %lu %lu %lu\n", kernel, (unsigned long)launches, (unsigned long)loads * 32, (unsigned long)stores * 32);
+    printf("moved %s %lu %lu %lu\n", kernel, (unsigned long)launches, (unsigned long)loads * 32,
+           (unsigned long)stores * 32);
   }
   return check::failures > 0;
 }

@@ -310,6 +310,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, void (*body)(const void*)
 
 void meet_block(int line) {
   Thread& thread = *machine.current;
+  thread.counter.meet();
   thread.state = State::at_barrier;
   thread.line = line;
   release(machine.barrier_edge.get());
@@ -322,6 +323,7 @@ const uint64_t* meet_warp(unsigned mask, uint64_t word, int line) {
   Warp& warp = machine.warps[number(thread) / WARP];
   thread.line = line;
   if (!(mask >> lane() & 1)) fail("a warp operation by a lane that its mask does not name", thread);
+  thread.counter.meet();
   thread.mask = mask;
   thread.word = word;
   thread.state = State::at_warp_operation;

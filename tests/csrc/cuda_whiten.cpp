@@ -35,6 +35,8 @@ void large() {
   const Array<float> x(N, 1.f), y(N);
   const Array<bool> mask(N, true);
   const Array<double> moments(3);
+  minimum("whiten_moments_parts", N * 5, 0);
+  minimum("whiten_apply_tokens", N * 5, N * 4);
   run(aligner_whiten_moments_cuda, aligner::WhitenMomentsParams{x.data(), mask.data(), moments.data(), N});
   run(aligner_whiten_apply_cuda, aligner::WhitenApplyParams{x.data(), mask.data(), moments.data(), y.data(), N});
 }
