@@ -60,6 +60,12 @@ inline Array<bool> random_mask(Random& random, double probability, std::initiali
   return mask;
 }
 
+// 0 where the mask is false, elsewhere between 0.25 and 2.
+inline Array<float> random_weights(Random& random, const Array<bool>& mask) {
+  Array<float> weights(mask.size);
+  for (int64_t i = 0; i < mask.size; ++i) weights[i] = mask[i] ? 0.25f * float(1 + random.below(8)) : 0.f;
+  return weights;
+}
 // Prefix sums of lengths below `limit`, one in four of them 0.
 inline Array<int32_t> random_cu_seqlens(Random& random, int64_t sequences, int64_t limit) {
   Array<int32_t> cu_seqlens(sequences + 1);
