@@ -74,6 +74,19 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
+// f(zero of the type that a dtype names).
+template <class F>
+void with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(0.f);
+    case Dtype::bfloat16:
+      return f(__nv_bfloat16{});
+    case Dtype::float16:
+      return f(__half{});
+  }
+}
+
 // Sixteen bytes: what one thread moves in one instruction.
 template <class T>
 constexpr int VECTOR = 16 / sizeof(T);
@@ -83,7 +96,7 @@ template <class T>
 __device__ __forceinline__ void load_vector(const T* p, float (&x)[VECTOR<T>], int line = __builtin_LINE()) {
   const uint4 bits = load(reinterpret_cast<const uint4*>(p), line);
   T values[VECTOR<T>];
-  memcpy(values, &bits, sizeof bits);
+  memcpy(static_cast<void*>(values), &bits, sizeof bits);
 #pragma unroll
   for (int i = 0; i < VECTOR<T>; ++i) x[i] = to_float(values[i]);
 }

@@ -1,5 +1,8 @@
 // What the comparisons of CUDA kernels (emulated, cuda_on_cpu.h) with their CPU twins share.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -9,6 +12,7 @@
 #include <random>
 
 #include "cuda_workspace.h"
+#include "dtype.h"
 
 namespace check {
 
@@ -74,6 +78,24 @@ inline Array<int32_t> random_cu_seqlens(Random& random, int64_t sequences, int64
     cu_seqlens[b + 1] = cu_seqlens[b] + (random.chance(0.25) ? 0 : int32_t(random.below(limit)));
   }
   return cu_seqlens;
+}
+
+// Elements [first, first + count) of memory of any dtype.
+inline Array<float> values(const void* memory, aligner::Dtype dtype, int64_t first, int64_t count) {
+  Array<float> x(count);
+  for (int64_t i = 0; i < count; ++i) {
+    if (dtype == aligner::Dtype::float32) x[i] = static_cast<const float*>(memory)[first + i];
+    if (dtype == aligner::Dtype::bfloat16) x[i] = float(static_cast<const __nv_bfloat16*>(memory)[first + i]);
+    if (dtype == aligner::Dtype::float16) x[i] = float(static_cast<const __half*>(memory)[first + i]);
+  }
+  return x;
+}
+inline void set_values(void* memory, aligner::Dtype dtype, int64_t first, const Array<float>& x) {
+  for (int64_t i = 0; i < x.size; ++i) {
+    if (dtype == aligner::Dtype::float32) static_cast<float*>(memory)[first + i] = x[i];
+    if (dtype == aligner::Dtype::bfloat16) static_cast<__nv_bfloat16*>(memory)[first + i] = __float2bfloat16_rn(x[i]);
+    if (dtype == aligner::Dtype::float16) static_cast<__half*>(memory)[first + i] = __float2half_rn(x[i]);
+  }
 }
 
 inline int failures = 0;
