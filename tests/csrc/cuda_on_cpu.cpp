@@ -71,8 +71,12 @@ const char* name_of(State state) {
   return NAMES[int(state)];
 }
 
+struct Fiber {
+  char* stack;
+  void* sanitizers;  // null without it
+};
+
 struct Thread {
-  char* stack = nullptr;
   void* stack_pointer = nullptr;
   void* fiber = nullptr;  // the sanitizer's
   uint3 index{};
@@ -97,8 +101,8 @@ struct Machine {
   Thread* current = nullptr;
   void* stack_pointer = nullptr;  // of the caller of launch()
   void* fiber = nullptr;
-  std::vector<void*> fibers;  // made once, since that is slow; launches are ordered, so each may use them anew
-  size_t fibers_used = 0;     // by this launch: those of another block would order the blocks
+  std::vector<Fiber> fibers;  // made once, since that is slow; launches are ordered, so each may use them anew
+  size_t fibers_used = 0;     // by this launch: to the sanitizer one fiber in two blocks would order them
   void (*body)(const void*) = nullptr;
   const void* closure = nullptr;
   const char* kernel = "";
@@ -154,6 +158,16 @@ void resume(Thread& thread) {
   swap_stacks(&machine.stack_pointer, thread.stack_pointer);
 }
 
+const Fiber& next_fiber() {
+  const size_t i = machine.fibers_used++ % MAX_FIBERS;
+  if (i < machine.fibers.size()) return machine.fibers[i];
+  char* stack = static_cast<char*>(
+      mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  mprotect(stack, 4096, PROT_NONE);
+  machine.fibers.push_back({stack, __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr});
+  return machine.fibers.back();
+}
+
 void start_thread(Thread& thread) {
   const unsigned i = number(thread);
   const dim3& size = here.block_size;
@@ -161,18 +175,11 @@ void start_thread(Thread& thread) {
   thread.state = State::ready;
   thread.line = 0;
   thread.counter.clear();
-  if (!thread.stack) {
-    thread.stack = static_cast<char*>(
-        mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    mprotect(thread.stack, 4096, PROT_NONE);
-  }
-  void** top = reinterpret_cast<void**>(thread.stack + STACK_BYTES) - 2;  // as a call would leave the stack aligned
+  const Fiber& fiber = next_fiber();
+  thread.fiber = fiber.sanitizers;
+  void** top = reinterpret_cast<void**>(fiber.stack + STACK_BYTES) - 2;  // as a call would leave the stack aligned
   *top = reinterpret_cast<void*>(&run_thread);
   thread.stack_pointer = top - 6;
-  if (!__tsan_create_fiber) return;
-  const size_t fiber = machine.fibers_used++ % MAX_FIBERS;
-  if (fiber == machine.fibers.size()) machine.fibers.push_back(__tsan_create_fiber(0));
-  thread.fiber = machine.fibers[fiber];
 }
 
 // Lanes of one warp operation go on once all that its mask names are there.
@@ -240,6 +247,7 @@ void run_block() {
   machine.shared.clear();
   machine.barrier_edge = std::make_unique<char>();
   machine.warps = std::vector<Warp>((machine.threads.size() + WARP - 1) / WARP);
+  if (!__tsan_create_fiber) machine.fibers_used = 0;
   std::vector<int> order;
   for (Thread& thread : machine.threads) {
     start_thread(thread);
@@ -270,11 +278,6 @@ void run_block() {
   for (Warp& warp : machine.warps) warp.traffic.add_to(machine.traffic[machine.kernel]);
 }
 
-void resize_block(size_t count) {
-  for (size_t i = count; i < machine.threads.size(); ++i) munmap(machine.threads[i].stack, STACK_BYTES);
-  machine.threads.resize(count);
-}
-
 }  // namespace
 
 void launch(const char* kernel, dim3 grid, dim3 block, void (*body)(const void*), const void* closure) {
@@ -294,7 +297,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, void (*body)(const void*)
   here.grid_size = grid;
   here.block_size = block;
   ++machine.traffic[kernel].launches;
-  resize_block(threads);
+  machine.threads.resize(threads);
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) order[i] = machine.seed == 1 ? blocks - 1 - i : i;
   if (shuffled()) {
