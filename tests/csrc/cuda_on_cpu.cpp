@@ -36,7 +36,7 @@ namespace {
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr int WARP = 32;
 constexpr unsigned NO_SYNC = 1;      // a switch between fibers orders nothing
-constexpr size_t MAX_FIBERS = 4096;  // the sanitizer has 8128 threads in all
+constexpr size_t MAX_FIBERS = 1024;  // the sanitizer takes its time to make one, and has 8128
 
 // While one lives, what this fiber allocates, frees and copies is the scheduler's business, not the program's.
 struct Untracked {

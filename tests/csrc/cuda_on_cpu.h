@@ -76,6 +76,7 @@ T exchange(unsigned mask, T value, int source, int line) {
 #define blockDim (cuda_on_cpu::here.block_size)
 #define gridDim (cuda_on_cpu::here.grid_size)
 
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::meet_block(line); }
