@@ -22,6 +22,8 @@
 #define ALIGNER_SHARED(T, name, count) __shared__ T name[count]
 #define ALIGNER_COUNT_LOAD(pointer, line) ((void)(line))
 #define ALIGNER_COUNT_STORE(pointer, line) ((void)(line))
+#define ALIGNER_COUNT_SKIPPED_LOAD(line) ((void)(line))
+#define ALIGNER_COUNT_SKIPPED_STORE(line) ((void)(line))
 #endif
 
 // The C entry of a kernel: `params` is the Params struct of its CPU twin holding device pointers, `workspace` has
@@ -53,6 +55,19 @@ template <class T>
 __device__ __forceinline__ void store(T* p, T x, int line = __builtin_LINE()) {
   ALIGNER_COUNT_STORE(p, line);
   *p = x;
+}
+
+// Predicated: touches memory only where `condition` holds, as one instruction of the whole warp.
+template <class T>
+__device__ __forceinline__ T load_if(bool condition, const T* p, T otherwise, int line = __builtin_LINE()) {
+  if (condition) return load(p, line);
+  ALIGNER_COUNT_SKIPPED_LOAD(line);
+  return otherwise;
+}
+template <class T>
+__device__ __forceinline__ void store_if(bool condition, T* p, T x, int line = __builtin_LINE()) {
+  if (condition) return store(p, x, line);
+  ALIGNER_COUNT_SKIPPED_STORE(line);
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -120,6 +135,10 @@ __device__ __forceinline__ T shuffle_xor(T x, int distance) {
   memcpy(&x, words, sizeof x);
   return x;
 }
+
+struct Add {
+  __device__ double operator()(double a, double b) const { return a + b; }
+};
 
 // All lanes get the result, the same bits when `combine` is commutative to the bit.
 template <class T, class Combine>

@@ -15,8 +15,9 @@ struct Token {
 };
 
 __device__ __forceinline__ Token load_token(const GaeParams& p, int64_t t, int64_t begin, int64_t end) {
-  if (t < begin || t >= end) return {0.f, 0.f, false};
-  return {load(p.rewards + t), load(p.values + t), load(p.action_mask + t)};
+  const bool inside = t >= begin && t < end;
+  return {load_if(inside, p.rewards + t, 0.f), load_if(inside, p.values + t, 0.f),
+          load_if(inside, p.action_mask + t, false)};
 }
 
 __global__ void __launch_bounds__(WARPS* WARP) gae_sequences(GaeParams p) {
@@ -46,10 +47,9 @@ __global__ void __launch_bounds__(WARPS* WARP) gae_sequences(GaeParams p) {
       a *= a_after;
     }
     const double advantage = b + a * next_advantage;
-    if (t >= begin && t < end) {
-      store(p.advantages + t, token.is_action ? float(advantage) : 0.f);
-      store(p.returns + t, token.is_action ? float(advantage + token.value) : 0.f);
-    }
+    const bool inside = t >= begin && t < end;
+    store_if(inside, p.advantages + t, token.is_action ? float(advantage) : 0.f);
+    store_if(inside, p.returns + t, token.is_action ? float(advantage + token.value) : 0.f);
     next_advantage = __shfl_sync(ALL_LANES, advantage, WARP - 1);
     const int first = actions ? 31 - __clz(actions) : 0;
     const double first_value = __shfl_sync(ALL_LANES, double(token.value), first);

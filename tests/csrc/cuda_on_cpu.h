@@ -49,7 +49,7 @@ int lane();
 
 // The block's array of the declaration that `key` stands for.
 void* shared_memory(const void* key, size_t bytes);
-// Counts the 32-byte sectors that a warp instruction touches in global memory.
+// Counts the 32-byte sectors that a warp instruction touches in global memory; 0 bytes for a lane that it skips.
 void count_access(const void* address, size_t bytes, bool is_store, int line);
 
 template <class T>
@@ -70,6 +70,8 @@ T exchange(unsigned mask, T value, int source, int line) {
   T* const name = static_cast<T*>(cuda_on_cpu::shared_memory(&name##_declaration, sizeof(T) * (count)))
 #define ALIGNER_COUNT_LOAD(pointer, line) cuda_on_cpu::count_access(pointer, sizeof *(pointer), false, line)
 #define ALIGNER_COUNT_STORE(pointer, line) cuda_on_cpu::count_access(pointer, sizeof *(pointer), true, line)
+#define ALIGNER_COUNT_SKIPPED_LOAD(line) cuda_on_cpu::count_access(nullptr, 0, false, line)
+#define ALIGNER_COUNT_SKIPPED_STORE(line) cuda_on_cpu::count_access(nullptr, 0, true, line)
 
 #define threadIdx (cuda_on_cpu::here.thread)
 #define blockIdx (cuda_on_cpu::here.block)

@@ -43,6 +43,7 @@ class WarpTraffic {
   void add(LaneCounter& lane, const void* address, size_t bytes, bool is_store, int line) {
     const unsigned site = unsigned(line) * 2 + is_store;
     const uint64_t execution = lane.next_execution(site);
+    if (bytes == 0) return;
     const auto first = reinterpret_cast<uintptr_t>(address), last = first + bytes - 1;
     for (uint64_t sector = first / 32; sector <= last / 32; ++sector) accesses_.push_back({site, execution, sector});
   }

@@ -1,5 +1,5 @@
 """The CUDA kernels, compiled for the processor (cuda_on_cpu.h): they equal their CPU twins in any schedule, race
-nowhere, move no more memory than they must, and the tests that say so catch seeded bugs. Needs CUDA's headers, no GPU."""
+nowhere, move no more memory than they must, and the tests that say so catch seeded bugs. Needs CUDA's headers only."""
 
 import os
 import re
