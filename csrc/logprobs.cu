@@ -47,20 +47,15 @@ __global__ void __launch_bounds__(ROW_BLOCK) logprobs_gradient(LogprobsBackwardP
   }
 }
 
-int threads_of(int64_t columns, Dtype dtype) {  // whole warps, no more than there are vectors
-  const int64_t warps = (columns * dtype_bytes(dtype) / 16 + WARP - 1) / WARP;
-  return warps * WARP < WARP ? WARP : warps * WARP < ROW_BLOCK ? int(warps * WARP) : ROW_BLOCK;
-}
-
 template <class T>
 void launch_forward(const LogprobsParams& p, cudaStream_t stream) {
-  ALIGNER_LAUNCH(logprobs_row<T>, p.rows, threads_of(p.columns, p.dtype), stream, p);
+  ALIGNER_LAUNCH(logprobs_row<T>, p.rows, row_threads(p.columns, p.dtype, ROW_BLOCK), stream, p);
 }
 
 template <class T>
 void launch_backward(const LogprobsBackwardParams& p, cudaStream_t stream) {
   const int blocks = int((p.columns + GRADIENT_PART - 1) / GRADIENT_PART);
-  ALIGNER_LAUNCH(logprobs_gradient<T>, p.rows * blocks, threads_of(p.columns, p.dtype), stream, p, blocks);
+  ALIGNER_LAUNCH(logprobs_gradient<T>, p.rows * blocks, row_threads(p.columns, p.dtype, ROW_BLOCK), stream, p, blocks);
 }
 
 }  // namespace

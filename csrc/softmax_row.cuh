@@ -23,6 +23,12 @@ struct RowSplit {
   int64_t head, vectors, tail;
 };
 
+// Threads of a block that reads a row: whole warps, no more than there are vectors.
+inline int row_threads(int64_t columns, Dtype dtype, int most) {
+  const int64_t warps = (columns * dtype_bytes(dtype) / 16 + WARP - 1) / WARP;
+  return warps < 1 ? WARP : warps * WARP < most ? int(warps * WARP) : most;
+}
+
 // z = (x - max) * inverse_temperature over the elements seen; sum = sum e^z, weighted = sum e^z z.
 struct RowStats {
   float max;
@@ -60,6 +66,14 @@ struct OnlineSoftmax {
   }
 };
 
+// Statistics of the shares of all threads of the block, the same in each.
+__device__ __forceinline__ RowStats block_merge(OnlineSoftmax mine) {
+  const float max = block_reduce(mine.max, -INFINITY, [](float a, float b) { return fmaxf(a, b); });
+  if (mine.max < max) mine.raise_max(max);
+  const Sums<2> sums = block_sum(Sums<2>{{mine.sum, mine.weighted}});
+  return {max, sums.value[0], sums.value[1] * LN2};
+}
+
 // Statistics of a row, the same in all threads of the block that calls it.
 template <class T>
 __device__ __forceinline__ RowStats block_row_stats(const T* row, int64_t columns, float inverse_temperature) {
@@ -77,10 +91,7 @@ __device__ __forceinline__ RowStats block_row_stats(const T* row, int64_t column
   }
   if (split.tail + threadIdx.x < columns) add_one(split.tail + threadIdx.x);
 
-  const float max = block_reduce(mine.max, -INFINITY, [](float a, float b) { return fmaxf(a, b); });
-  if (mine.max < max) mine.raise_max(max);
-  const Sums<2> sums = block_sum(Sums<2>{{mine.sum, mine.weighted}});
-  return {max, sums.value[0], sums.value[1] * LN2};
+  return block_merge(mine);
 }
 
 // Entropy in nats: log(sum) - E[z]. Both terms are >= 0, so nothing cancels.

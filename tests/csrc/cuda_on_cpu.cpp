@@ -87,8 +87,16 @@ struct Thread {
   LaneCounter counter;
 };
 
+// What the sanitizer orders threads by where they meet. Two in turn: a thread that goes on late must not acquire what
+// earlier ones released on arriving at the next meeting.
+struct Edges {
+  unsigned meetings = 0;
+  char edges[2] = {};
+  char* next() { return edges + meetings % 2; }
+};
+
 struct Warp {
-  char edge = 0;  // what the sanitizer orders warp operations by
+  std::map<unsigned, Edges> edges;  // by mask
   int asleep = 0;
   WarpTraffic traffic;
 };
@@ -108,9 +116,8 @@ struct Machine {
   const char* kernel = "";
   uint64_t seed = getenv("ALIGNER_EMULATION_SEED") ? strtoull(getenv("ALIGNER_EMULATION_SEED"), nullptr, 10) : 0;
   uint64_t random_state = 1;
-  // What the sanitizer orders fibers by. The barrier's is new memory for each block, since blocks are not ordered.
   char launch_edge = 0, end_edge = 0;
-  std::unique_ptr<char> barrier_edge;
+  std::unique_ptr<Edges> barrier;  // new memory for each block, since blocks are not ordered
 };
 Machine machine;
 
@@ -146,7 +153,7 @@ void run_thread() {
   acquire(&machine.launch_edge);
   machine.body(machine.closure);
   machine.current->state = State::exited;
-  release(machine.barrier_edge.get());
+  release(machine.barrier->next());
   release(&machine.end_edge);
   switch_to_scheduler();
 }
@@ -201,6 +208,7 @@ bool release_warp(int first) {
     }
     if (!complete) continue;
     moved = true;
+    ++machine.warps[first / WARP].edges[mask].meetings;
     uint64_t words[WARP] = {};
     for (int k = 0; k < end - first; ++k) words[k] = machine.threads[first + k].word;
     for (int k = 0; k < end - first; ++k) {
@@ -226,6 +234,7 @@ bool release_barrier(int live) {
     if (thread.line != first->line) fail("divergent __syncthreads", thread);
     thread.state = State::ready;
   }
+  ++machine.barrier->meetings;
   return true;
 }
 
@@ -245,7 +254,7 @@ bool put_warps_to_sleep() {
 
 void run_block() {
   machine.shared.clear();
-  machine.barrier_edge = std::make_unique<char>();
+  machine.barrier = std::make_unique<Edges>();
   machine.warps = std::vector<Warp>((machine.threads.size() + WARP - 1) / WARP);
   if (!__tsan_create_fiber) machine.fibers_used = 0;
   std::vector<int> order;
@@ -316,9 +325,15 @@ void meet_block(int line) {
   thread.counter.meet();
   thread.state = State::at_barrier;
   thread.line = line;
-  release(machine.barrier_edge.get());
+  char* edge = machine.barrier->next();
+  release(edge);
   switch_to_scheduler();
-  acquire(machine.barrier_edge.get());
+  acquire(edge);
+}
+
+static Edges& edges_of(Warp& warp, unsigned mask) {
+  Untracked untracked;
+  return warp.edges[mask];
 }
 
 const uint64_t* meet_warp(unsigned mask, uint64_t word, int line) {
@@ -330,9 +345,10 @@ const uint64_t* meet_warp(unsigned mask, uint64_t word, int line) {
   thread.mask = mask;
   thread.word = word;
   thread.state = State::at_warp_operation;
-  release(&warp.edge);
+  char* edge = edges_of(warp, mask).next();
+  release(edge);
   switch_to_scheduler();
-  acquire(&warp.edge);
+  acquire(edge);
   return thread.received;
 }
 

@@ -6,7 +6,7 @@
 // divergent barrier, a warp operation that names an exited lane, lanes of one operation at different lines, and a
 // deadlock stop the program with a message. Under -fsanitize=thread each fiber is a thread to the sanitizer, a barrier
 // is an edge and blocks are not ordered, so a missing barrier or two blocks writing one place is a reported race
-// whatever the order was. Not modelled: atomics, asynchronous copies, bank conflicts, flush to zero, time.
+// whatever the order was. Not modelled: asynchronous copies, bank conflicts, flush to zero, time.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -81,6 +81,10 @@ T exchange(unsigned mask, T value, int source, int line) {
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
+  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
+}
+inline unsigned atomicOr(unsigned* p, unsigned x) { return __atomic_fetch_or(p, x, __ATOMIC_RELAXED); }
 inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_cpu::meet_block(line); }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { cuda_on_cpu::meet_warp(mask, 0, line); }
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {

@@ -110,6 +110,78 @@ WRONG_NUMBERS = {
         "j == target ?",
         "j + 1 == target ?",
     ),
+    "segment_sum: tokens before the sequence": (
+        "segment_sum",
+        "segment_sum.cu",
+        "body(t, t >= s.begin)",
+        "body(t, true)",
+    ),
+    "segment_sum: mean over all tokens": (
+        "segment_sum",
+        "segment_sum.cu",
+        "tokens += counts ? 1 : 0;",
+        "tokens += 1;",
+    ),
+    "group_advantages: group ends with its window": (
+        "group_advantages",
+        "group_advantages.cu",
+        "if (others) return first + __ffs(int(others)) - 1;",
+        "return first + (others ? __ffs(int(others)) - 1 : WARP);",
+    ),
+    "group_advantages: only the first group of a window": (
+        "group_advantages",
+        "group_advantages.cu",
+        "rest; rest &= rest - 1)",
+        "rest; rest = 0)",
+    ),
+    "kto_loss: weights swapped": (
+        "kto_loss",
+        "kto_loss.cu",
+        "good ? p.desirable_weight : p.undesirable_weight",
+        "good ? p.undesirable_weight : p.desirable_weight",
+    ),
+    "preference_loss: log-odds without the complement": (
+        "preference_loss",
+        "preference_loss.cu",
+        "-expm1f(logp)",
+        "-logp",
+    ),
+    "preference_loss: sigmoid of the other side": (
+        "preference_loss",
+        "log_sigmoid.cuh",
+        "x > 0.f ? large : small, x > 0.f ? small : large",
+        "x > 0.f ? small : large, x > 0.f ? large : small",
+    ),
+    "topk_distillation_loss: the top k counted in the rest": (
+        "topk_distillation_loss",
+        "topk_distillation_loss.cu",
+        "x[v] = top >> v & 1 ? -INFINITY : x[v];",
+        "x[v] = top >> v & 0 ? -INFINITY : x[v];",
+    ),
+    "topk_distillation_loss: offset of the row forgotten": (
+        "topk_distillation_loss",
+        "topk_distillation_loss.cu",
+        "load(t.ids + i) + offset - part",
+        "load(t.ids + i) - part",
+    ),
+    "refit_copy: checksum of the tile's own count": (
+        "refit_copy",
+        "refit_copy.cu",
+        "const int64_t first = tile.row * item.columns + tile.column;",
+        "const int64_t first = tile.row * tile.columns + tile.column;",
+    ),
+    "refit_copy: tile of the next item": (
+        "refit_copy",
+        "refit_copy.cu",
+        "(load(p.first_tile + middle) <= tile ?",
+        "(load(p.first_tile + middle) < tile ?",
+    ),
+    "refit_copy: rest of a row left out": (
+        "refit_copy",
+        "refit_copy.cu",
+        "i < unsigned(tile.rows) * rest;",
+        "i < unsigned(tile.rows) * 0;",
+    ),
 }
 
 # What the thread sanitizer finds.
@@ -131,5 +203,29 @@ RACES = {
         "whiten.cu",
         "  }\n  __syncthreads();\n  const double shift",
         "  }\n  const double shift",
+    ),
+    "topk_distillation_loss: no barrier before the top k are written over": (
+        "topk_distillation_loss",
+        "topk_distillation_loss.cu",
+        "  __syncthreads();  // the top k are written over\n",
+        "",
+    ),
+    "topk_distillation_loss: bits cleared while they are read": (
+        "topk_distillation_loss",
+        "topk_distillation_loss.cu",
+        "    __syncthreads();  // bits of the part before may still be read\n",
+        "",
+    ),
+    "refit_copy: blocks add without an atomic": (
+        "refit_copy",
+        "refit_copy.cu",
+        "atomicAdd(reinterpret_cast<unsigned long long*>(p.checksums + tile.item),",
+        "*(p.checksums + tile.item) += (",
+    ),
+    "block_reduce: parts written while an earlier call reads them": (
+        "topk_distillation_loss",
+        "cuda_kernel.cuh",
+        "  __syncthreads();  // an earlier call may still be reading `parts`\n",
+        "",
     ),
 }
