@@ -1,6 +1,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define ALIGNER_HOST_DEVICE __host__ __device__
+#else
+#define ALIGNER_HOST_DEVICE
+#endif
+
 namespace aligner {
 
 enum class Dtype { float32, bfloat16, float16 };

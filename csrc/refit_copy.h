@@ -30,7 +30,7 @@ struct RefitTiles {
   int64_t bundle;  // rows of a tile; 1 when pieces > 1
   int64_t count;   // of tiles
 };
-inline RefitTiles refit_tiles(int64_t rows, int64_t columns) {
+ALIGNER_HOST_DEVICE inline RefitTiles refit_tiles(int64_t rows, int64_t columns) {
   if (rows == 0 || columns == 0) return {1, 1, 0};
   const int64_t pieces = (columns + REFIT_TILE - 1) / REFIT_TILE;
   const int64_t bundle = pieces > 1 ? 1 : REFIT_TILE / columns;
