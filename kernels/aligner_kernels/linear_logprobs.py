@@ -80,7 +80,7 @@ def linear_logprobs_statistics(
     BLOCK_H: tl.constexpr,
 ):
     a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
-    row = tl.load(rows + a, mask=a < active, other=0)
+    row = tl.load(rows + tl.minimum(a, active - 1))  # past the last, once more the last
     target = tl.load(targets + row) - vocab_start
     target = tl.where(target < vocabulary, target, -1)  # or a column past the last would pass for the next shard's
     largest = tl.full([BLOCK_A], float("-inf"), tl.float32)
@@ -212,15 +212,15 @@ def linear_logprobs_d_weight(
     v = i * BLOCK_V + tl.arange(0, BLOCK_V)
     h = j * BLOCK_H + tl.arange(0, BLOCK_H)
     a = tl.arange(0, BLOCK_A)
-    d_at = d_logits + a[:, None] * scratch_stride + v[None, :]
-    x_at = hidden + a[:, None] * hidden_stride + h[None, :]
+    d_at = d_logits + a[:, None].to(tl.int64) * scratch_stride + v[None, :]
+    x_at = hidden + a[:, None].to(tl.int64) * hidden_stride + h[None, :]
     total = tl.zeros([BLOCK_V, BLOCK_H], tl.float32)
     for start in range(0, active, BLOCK_A):
         d = tl.load(d_at, mask=(a < active - start)[:, None] & (v < count)[None, :], other=0.0)
         x = tl.load(x_at, mask=(a < active - start)[:, None] & (h < width)[None, :], other=0.0)
         total = tl.dot(tl.trans(d), x, total, input_precision="ieee")
-        d_at += BLOCK_A * scratch_stride
-        x_at += BLOCK_A * hidden_stride
+        d_at += BLOCK_A * tl.cast(scratch_stride, tl.int64)
+        x_at += BLOCK_A * tl.cast(hidden_stride, tl.int64)
     store_block(d_weight, width, count, width, i, j, total)
 
 
@@ -243,14 +243,14 @@ def linear_logprobs_d_hidden(
     h = j * BLOCK_H + tl.arange(0, BLOCK_H)
     v = tl.arange(0, BLOCK_V)
     d_at = d_logits + a[:, None].to(tl.int64) * scratch_stride + v[None, :]
-    w_at = weight + v[:, None] * weight_stride + h[None, :]
+    w_at = weight + v[:, None].to(tl.int64) * weight_stride + h[None, :]
     total = tl.zeros([BLOCK_A, BLOCK_H], tl.float32)
     for start in range(0, count, BLOCK_V):
         d = tl.load(d_at, mask=(a < active)[:, None] & (v < count - start)[None, :], other=0.0)
         w = tl.load(w_at, mask=(v < count - start)[:, None] & (h < width)[None, :], other=0.0)
         total = tl.dot(d, w, total, input_precision="ieee")
         d_at += BLOCK_V
-        w_at += BLOCK_V * weight_stride
+        w_at += BLOCK_V * tl.cast(weight_stride, tl.int64)
     left, right = halves(total)
     add_block(d_hidden, width, active, width, i, 2 * j, left)
     add_block(d_hidden, width, active, width, i, 2 * j + 1, right)
