@@ -24,7 +24,7 @@ from torch import Tensor
 
 from aligner_kernels.blocks import add_block, block_of, halves, store_block
 from aligner_kernels.softmax import exp_or_zero, merge
-from aligner_kernels.tiles import choose_tile
+from aligner_kernels.tiles import choose_tile, shares_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 SCRATCH = 2**26  # elements of d_logits held at a time,
@@ -66,7 +66,7 @@ def linear_logprobs_statistics(
     weight,  # [V, H]
     rows,  # [A] int64, which rows of hidden take part
     targets,  # [N] int64, of the whole vocabulary
-    partial,  # [4, shares, A] float32 out: max, sum, weighted, target's logit or 0
+    partial,  # [4, shares, A] float32 out: max, sum, weighted, the target's logit if it is in the share
     active,
     vocabulary,
     width,
@@ -82,7 +82,6 @@ def linear_logprobs_statistics(
     a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     row = tl.load(rows + tl.minimum(a, active - 1))  # past the last, once more the last
     target = tl.load(targets + row) - vocab_start
-    target = tl.where(target < vocabulary, target, -1)  # or a column past the last would pass for the next shard's
     largest = tl.full([BLOCK_A], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_A], tl.float32)
     weighted = tl.zeros([BLOCK_A], tl.float32)
@@ -256,8 +255,8 @@ def linear_logprobs_d_hidden(
     add_block(d_hidden, width, active, width, i, 2 * j + 1, right)
 
 
-def checked(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None, vocab_size: int) -> list[Tensor]:
-    """hidden, weight with elements of a row side by side, and targets; RuntimeError for shapes, dtypes and targets."""
+def checked(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """hidden and weight with the elements of a row side by side, and targets; RuntimeError for shapes and dtypes."""
 
     def require(condition: bool, what: str) -> None:
         if not condition:
@@ -269,14 +268,9 @@ def checked(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None
     require(hidden.shape[1] == weight.shape[1], f"hidden is {[*hidden.shape]} but weight is {[*weight.shape]}")
     rows = hidden.shape[:1]
     require(targets.shape == rows and targets.dtype == torch.int64, f"targets must be int64 of shape {[*rows]}")
-    fits = (targets >= 0) & (targets < vocab_size)
-    if mask is not None:
-        require(mask.shape == rows and mask.dtype == torch.bool, f"mask must be bool of shape {[*rows]}")
-        fits |= ~mask
+    require(mask is None or (mask.shape == rows and mask.dtype == torch.bool), f"mask must be bool of shape {[*rows]}")
     for name, x in (("weight", weight), ("targets", targets), ("mask", mask)):
         require(x is None or x.device == hidden.device, f"{name} must be on {hidden.device}, as hidden is")
-    # Checked on the device, so that nobody waits for it.
-    torch._assert_async(fits.all(), f"linear_logprobs: targets must be in [0, {vocab_size})")
     return [x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight)] + [targets.contiguous()]
 
 
@@ -293,7 +287,12 @@ def linear_logprobs(
 
     Rows that mask leaves out are not read and give 0; so does the log-probability of a target of another shard.
     """
-    hidden, weight, targets = checked(hidden, weight, targets, mask, vocab_size)
+    hidden, weight, targets = checked(hidden, weight, targets, mask)
+    fits = (targets >= 0) & (targets < vocab_size)
+    # Checked on the device, so that nobody waits for it.
+    torch._assert_async(
+        (fits if mask is None else fits | ~mask).all(), f"linear_logprobs: targets must be in [0, {vocab_size})"
+    )
     outputs = [hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(4)]
     rows = torch.arange(len(hidden), device=hidden.device) if mask is None else mask.nonzero().squeeze(1)
     active, (vocabulary, width) = len(rows), weight.shape
@@ -301,7 +300,7 @@ def linear_logprobs(
         return tuple(outputs)
     tile, programs = choose_tile(hidden.dtype)
     blocks, tiles = triton.cdiv(active, tile.rows), triton.cdiv(vocabulary, tile.columns)
-    columns = triton.cdiv(tiles, min(triton.cdiv(programs, blocks), tiles)) * tile.columns
+    columns = triton.cdiv(tiles, shares_of(tiles, blocks, programs)) * tile.columns
     shares = triton.cdiv(vocabulary, columns)
     partial = hidden.new_empty((4, shares, active), dtype=torch.float32)
     sizes = (vocabulary, width, hidden.stride(0), weight.stride(0), vocab_start, columns)
@@ -337,7 +336,7 @@ def linear_logprobs_backward(
 
     maximum, log_sum, entropy: of the whole vocabulary. Rows without upstream gradient are not read and give 0.
     """
-    hidden, weight, targets = checked(hidden, weight, targets, mask, vocab_size)
+    hidden, weight, targets = checked(hidden, weight, targets, mask)
     g, g_entropy = (torch.zeros_like(maximum) if d is None else d for d in (d_logprobs, d_entropy))
     keep = (g != 0) | (g_entropy != 0)
     rows = (keep if mask is None else keep & mask).nonzero().squeeze(1)
@@ -349,7 +348,7 @@ def linear_logprobs_backward(
     inputs = [hidden, targets, maximum, log_sum, entropy, g, g_entropy]
     hidden, *of_row = [x if active == len(x) else x.index_select(0, rows) for x in inputs]
     of_row = [x.contiguous() for x in of_row]
-    tile = choose_tile(hidden.dtype)[0]
+    tile, _ = choose_tile(hidden.dtype)
     total = hidden.new_zeros((active, width), dtype=torch.float32) if need_hidden else None
     columns = min(max(SCRATCH // active // 256 * 256, MIN_COLUMNS), triton.cdiv(vocabulary, 256) * 256)
     d_logits = hidden.new_empty((active, columns))

@@ -33,11 +33,21 @@ def device_limits(device: int) -> tuple[int, int]:
 
 
 def choose_tile(dtype: torch.dtype) -> tuple[Tile, int]:
-    """Tile of every product, and how many programs fill the current device."""
+    """Tile of every product, and how many programs the current device runs at once."""
     if INTERPRETED:
         return Tile(32, 64, 32, 4, 1), 4
     multiprocessors, shared = device_limits(triton.runtime.driver.active.get_current_device())
     if dtype == torch.float32:  # exact products, on the scalar units
-        return Tile(64, 64, 32, 4, 3), 4 * multiprocessors
+        return Tile(64, 64, 32, 4, 3), 2 * multiprocessors
     wide = shared >= 200 * 1024  # sm_90 and sm_100: 144 KiB of operands in flight
-    return Tile(128, 256 if wide else 128, 64, 8, 3), 2 * multiprocessors
+    return Tile(128, 256 if wide else 128, 64, 8, 3), multiprocessors
+
+
+@functools.cache
+def shares_of(tiles: int, blocks: int, programs: int) -> int:
+    """Into how many shares to cut the tiles of each block, so that `programs` at a time finish soonest."""
+
+    def time(shares: int) -> float:  # in tiles; starting a program is taken to cost a quarter
+        return triton.cdiv(blocks * shares, programs) * (triton.cdiv(tiles, shares) + 0.25)
+
+    return min(range(1, min(tiles, 4 * programs) + 1), key=time)

@@ -115,6 +115,24 @@ def test_strides():
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("vocab_start", [0, 40, 100])
+def test_shard(vocab_start):
+    # Targets of other shards lie before, between and after the shard's own, and where its last tile is padded.
+    hidden, weight, targets, _, g = case(150, 16, 50)
+    targets = torch.arange(150)
+    arguments = (hidden, weight, targets, None, 0.7, vocab_start, 150)
+    want = torch.ops.aligner.linear_logprobs(*arguments)
+    statistics = (*want[2:], want[1], *g, True, True)
+    want += torch.ops.aligner.linear_logprobs_backward(*arguments, *statistics)
+    arguments, statistics = (
+        [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in values] for values in (arguments, statistics)
+    )
+    got = torch.ops.aligner.linear_logprobs_triton(*arguments)
+    got += torch.ops.aligner.linear_logprobs_triton_backward(*arguments, *statistics)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
 def test_offsets_beyond_32_bits():
     hidden, weight, targets, mask, g = case(3, 33, 3, torch.bfloat16)
     far_hidden, far_weight = (
