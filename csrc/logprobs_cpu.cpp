@@ -46,15 +46,13 @@ static void backward_rows(const LogprobsBackwardParams& p, int64_t begin, int64_
 
 void logprobs_cpu(const LogprobsParams& p) {
   parallel_parts(p.rows, 1, [&](int64_t begin, int64_t end, int) {
-    if (p.dtype == Dtype::float32) return forward_rows<Float32>(p, begin, end);
-    p.dtype == Dtype::float16 ? forward_rows<Float16>(p, begin, end) : forward_rows<Bfloat16>(p, begin, end);
+    with_dtype(p.dtype, [&](auto d) { forward_rows<decltype(d)>(p, begin, end); });
   });
 }
 
 void logprobs_backward_cpu(const LogprobsBackwardParams& p) {
   parallel_parts(p.rows, 1, [&](int64_t begin, int64_t end, int) {
-    if (p.dtype == Dtype::float32) return backward_rows<Float32>(p, begin, end);
-    p.dtype == Dtype::float16 ? backward_rows<Float16>(p, begin, end) : backward_rows<Bfloat16>(p, begin, end);
+    with_dtype(p.dtype, [&](auto d) { backward_rows<decltype(d)>(p, begin, end); });
   });
 }
 

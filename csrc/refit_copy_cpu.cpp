@@ -16,32 +16,15 @@ static void cast_run(const RefitItem& item, const void* from, void* to, int64_t 
   }
 }
 
-template <class S>
-static void cast_from(const RefitItem& item, const void* from, void* to, int64_t count) {
-  switch (item.destination_dtype) {
-    case Dtype::float32:
-      return cast_run<S, Float32>(item, from, to, count);
-    case Dtype::bfloat16:
-      return cast_run<S, Bfloat16>(item, from, to, count);
-    case Dtype::float16:
-      return cast_run<S, Float16>(item, from, to, count);
-  }
-}
-
 // One stretch of a row.
 static void copy_run(const RefitItem& item, const void* from, void* to, int64_t count) {
   if (item.source_dtype == item.destination_dtype && !item.add_one) {
     memcpy(to, from, count * dtype_bytes(item.source_dtype));
     return;
   }
-  switch (item.source_dtype) {
-    case Dtype::float32:
-      return cast_from<Float32>(item, from, to, count);
-    case Dtype::bfloat16:
-      return cast_from<Bfloat16>(item, from, to, count);
-    case Dtype::float16:
-      return cast_from<Float16>(item, from, to, count);
-  }
+  with_dtype(item.source_dtype, [&](auto s) {
+    with_dtype(item.destination_dtype, [&](auto d) { cast_run<decltype(s), decltype(d)>(item, from, to, count); });
+  });
 }
 
 template <class T>

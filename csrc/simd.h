@@ -4,6 +4,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "dtype.h"
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -114,6 +116,19 @@ struct Float16 {
     return load(t)[0];
   }
 };
+
+// body(Float32{}), body(Bfloat16{}) or body(Float16{}).
+template <class Body>
+ALIGNER_INLINE void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(Float32{});
+    case Dtype::bfloat16:
+      return body(Bfloat16{});
+    case Dtype::float16:
+      return body(Float16{});
+  }
+}
 
 // The last count < LANES elements of a row; the other lanes hold `fill`.
 template <class D>

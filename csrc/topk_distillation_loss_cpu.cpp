@@ -136,20 +136,15 @@ static void forward_rows(const TopkDistillationLossParams& p, int64_t begin, int
 
 void topk_distillation_loss_cpu(const TopkDistillationLossParams& p) {
   parallel_parts(p.rows, 1, [&](int64_t begin, int64_t end, int) {
-    if (p.dtype == Dtype::float32) return forward_rows<Float32>(p, begin, end);
-    p.dtype == Dtype::float16 ? forward_rows<Float16>(p, begin, end) : forward_rows<Bfloat16>(p, begin, end);
+    with_dtype(p.dtype, [&](auto d) { forward_rows<decltype(d)>(p, begin, end); });
   });
 }
 
 void topk_distillation_loss_backward_cpu(const TopkDistillationLossBackwardParams& p) {
   parallel_parts(p.rows, 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t n = begin; n < end; ++n) {
-      if (p.dtype == Dtype::float32) {
-        backward_row<Float32>(p, n);
-      } else {
-        p.dtype == Dtype::float16 ? backward_row<Float16>(p, n) : backward_row<Bfloat16>(p, n);
-      }
-    }
+    with_dtype(p.dtype, [&](auto d) {
+      for (int64_t n = begin; n < end; ++n) backward_row<decltype(d)>(p, n);
+    });
   });
 }
 

@@ -44,14 +44,20 @@ def _unfit(impl: str, tensors: dict[str, Tensor], dtypes: Sequence[torch.dtype])
     return ""
 
 
-def use_compiled(op: str, impl: str, tensors: dict[str, Tensor], dtypes: Sequence[torch.dtype] = FLOAT32) -> bool:
-    """Whether `op` runs compiled: "cpp" and "cuda" always, "reference" never, "auto" where a compiled kernel fits.
+def use_compiled(
+    op: str,
+    impl: str,
+    tensors: dict[str, Tensor],
+    dtypes: Sequence[torch.dtype] = FLOAT32,
+    impls: Sequence[str] = ("cpp", "cuda"),
+) -> bool:
+    """Whether `op` runs compiled: each of `impls` always, "reference" never, "auto" where a compiled kernel fits.
 
     Raises ValueError for another impl and for tensors that the impl cannot take, RuntimeError when the library that
     holds it is missing.
     """
-    if impl not in ("auto", "reference", "cpp", "cuda"):
-        raise ValueError(f"{op}: impl is {impl!r}, expected auto, reference, cpp or cuda.")
+    if impl not in ("auto", "reference", *impls):
+        raise ValueError(f"{op}: impl is {impl!r}, expected auto, reference or {' or '.join(impls)}.")
     if impl == "reference":
         return False
     on_cuda = any(t.is_cuda for t in tensors.values())
@@ -66,8 +72,8 @@ def use_compiled(op: str, impl: str, tensors: dict[str, Tensor], dtypes: Sequenc
         if unfit:
             raise ValueError(f"{op}: {unfit}; convert it or pass impl='reference'.")
         return True
-    if on_cuda and not CUDA_LOADED:
-        unfit = unfit or f"{CUDA_PATH.name} is not built"
+    if on_cuda and not (CUDA_LOADED and "cuda" in impls):
+        unfit = unfit or "there is no CUDA kernel"
     if not torch.compiler.is_compiling() and op not in _logged:
         _logged.add(op)
         log.debug("%s runs %s", op, f"reference ({unfit})" if unfit else wanted)

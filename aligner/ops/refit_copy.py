@@ -54,9 +54,7 @@ def refit_copy(
     RuntimeError for shapes and strides, before anything is written.
     """
     if not sources or len(sources) != len(destinations):
-        raise ValueError(
-            f"refit_copy: got {len(sources)} sources, {len(destinations)} destinations, expected as many."
-        )
+        raise ValueError(f"refit_copy: got {len(sources)} sources, {len(destinations)} destinations, expected as many.")
     tensors = {f"sources[{i}]": t for i, t in enumerate(sources)}
     tensors |= {f"destinations[{i}]": t for i, t in enumerate(destinations)}
     if not library.use_compiled("refit_copy", impl, tensors, DTYPES):

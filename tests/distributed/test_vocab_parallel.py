@@ -95,6 +95,9 @@ def worker(rank, folder):
             linear_logprobs(rank, impl, scale)
             logprobs(rank, impl, scale)
         whiten(rank, impl)
+    if not torch.cuda.is_available():  # in Triton's interpreter, see tests/conftest.py
+        for scale in (1.0, 1e3):
+            linear_logprobs(rank, "triton", scale)
     logprobs(rank, "cpp", 1.0, inplace=True)
     empty_shard(rank)
     dist.destroy_process_group()

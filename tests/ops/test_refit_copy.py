@@ -82,9 +82,7 @@ def test_checksum_sees_what_changes(isa):
 
 def test_errors():
     x, y = torch.randn(4, 6), torch.zeros(4, 6)
-    with pytest.raises(
-        RuntimeError, match=r"sources\[0\] is CPU Float of shape \[4, 6\], destinations.*one shape"
-    ):
+    with pytest.raises(RuntimeError, match=r"sources\[0\] is CPU Float of shape \[4, 6\], destinations.*one shape"):
         ops.refit_copy([x], [y[:, :5]])
     with pytest.raises(RuntimeError, match=r"destinations\[1\] must have unit stride along its rows, got 4"):
         ops.refit_copy([x, x], [y, torch.zeros(6, 4).T])
