@@ -107,16 +107,24 @@ def run_with_bug(objects, folder: Path, bug: tuple[str, str, str, str], sanitize
     return execute(link([*parts, kernel], sanitizer, folder / "driver"), "compare", op, "2", "3")
 
 
-@pytest.mark.parametrize("bug", WRONG_NUMBERS)
-def test_wrong_numbers_are_caught(objects, tmp_path, bug):
-    done = run_with_bug(objects, tmp_path, WRONG_NUMBERS[bug], "none")
-    assert done.returncode == 1 or done.returncode < 0, done.stderr  # a difference, or stopped by a signal
+def run_all_with_bugs(objects, folder: Path, bugs: dict, sanitizer: str) -> dict[str, subprocess.CompletedProcess]:
+    folders = [folder / str(i) for i in range(len(bugs))]
+    for path in folders:
+        path.mkdir()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = pool.map(lambda pair: run_with_bug(objects, *pair, sanitizer), zip(folders, bugs.values(), strict=True))
+        return dict(zip(bugs, done, strict=True))
 
 
-@pytest.mark.parametrize("bug", RACES)
-def test_races_are_caught(objects, tmp_path, bug):
-    done = run_with_bug(objects, tmp_path, RACES[bug], "thread")
-    assert "data race" in done.stderr
+def test_wrong_numbers_are_caught(objects, tmp_path):
+    done = run_all_with_bugs(objects, tmp_path, WRONG_NUMBERS, "none")
+    caught = [bug for bug, d in done.items() if d.returncode == 1 or d.returncode < 0]  # a difference, or a signal
+    assert caught == list(WRONG_NUMBERS)
+
+
+def test_races_are_caught(objects, tmp_path):
+    done = run_all_with_bugs(objects, tmp_path, RACES, "thread")
+    assert [bug for bug, d in done.items() if "data race" in d.stderr] == list(RACES)
 
 
 def test_every_kernel_file_has_a_seeded_bug():
