@@ -23,15 +23,17 @@ ppo: setup
 test: setup
 	$(BIN)/python -m pytest tests
 
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp tests/csrc/*.h tests/csrc/*.cpp)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp bindings/*.h bindings/*.cpp tests/csrc/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp bindings/*.h bindings/*.cpp tests/csrc/*.cpp)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 bench: setup
 	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done

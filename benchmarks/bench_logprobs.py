@@ -1,17 +1,23 @@
-"""Log-probabilities from logits, forward and backward, against torch's log_softmax and gather."""
+"""Log-probabilities from logits, forward and backward, against torch's log_softmax and gather and its cross-entropy.
+
+Two more subjects say what the memory allows: a plain reading of the logits, and reading and writing them in place.
+"""
 
 import harness
 import torch
 
 from aligner import ops
 
-N, V = 1024, 49152
+V = 49152
 
 
-def inputs(dtype):
+def inputs(n, dtype):
     def make(small: bool):
-        n, v = (4, 64) if small else (N, V)
-        return torch.randn(n, v).to(dtype).requires_grad_(), torch.randint(0, v, (n,))
+        rows, columns = (4, 64) if small else (n, V)
+        logits = torch.empty(rows, columns, dtype=dtype)
+        for row in logits:
+            row.copy_(torch.randn(columns))
+        return logits.requires_grad_(), torch.randint(0, columns, (rows,))
 
     return make
 
@@ -26,20 +32,49 @@ def torch_gather(logits, targets):
     return torch.autograd.grad(logprobs.sum(), logits)
 
 
-def torch_with_entropy(logits, targets):
-    logprobs, _ = ops.logprobs(logits, targets, impl="reference")
-    return torch.autograd.grad(logprobs.sum(), logits)
+def cross_entropy(logits, targets):
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return torch.autograd.grad(loss.sum(), logits)
+
+
+@torch.no_grad()
+def forward(logits, targets):
+    return ops.logprobs(logits, targets, impl="cpp")
+
+
+@torch.no_grad()
+def read(logits, targets):
+    """The largest number of each row's halves, seen as int32: torch's quickest reading of every byte."""
+    return logits.view(torch.int32).amax()
+
+
+@torch.no_grad()
+def backward_in_place(logits, targets):
+    n = torch.zeros(len(logits))
+    arguments = (1.0, 0, logits.shape[1], n, n, n, n + 1, None)
+    return torch.ops.aligner.logprobs_backward_(logits.detach(), targets, *arguments)
+
+
+@torch.no_grad()
+def read_and_write(logits, targets):
+    return logits.detach().view(torch.int32).bitwise_not_()
 
 
 if __name__ == "__main__":
-    cases = [
-        harness.Case(
-            shape=f"N{N} V{V} forward+backward",
-            dtype=str(dtype).removeprefix("torch."),
-            inputs=inputs(dtype),
-            subjects={"cpp": fused, "torch": torch_gather, "reference": torch_with_entropy},
-            bytes=3 * N * V * dtype.itemsize,
-        )
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for n in (1024, 2048, 4096):
+            fields = dict(dtype=str(dtype).removeprefix("torch."), inputs=inputs(n, dtype))
+            both = {"cpp": fused, "torch-log_softmax": torch_gather, "torch-cross_entropy": cross_entropy}
+            size = n * V * dtype.itemsize
+            cases += [
+                harness.Case(shape=f"N{n} V{V} forward+backward", subjects=both, bytes=3 * size, **fields),
+                harness.Case(shape=f"N{n} V{V} forward", subjects={"cpp": forward, "read": read}, bytes=size, **fields),
+                harness.Case(
+                    shape=f"N{n} V{V} backward in place",
+                    subjects={"cpp": backward_in_place, "read-write": read_and_write},
+                    bytes=2 * size,
+                    **fields,
+                ),
+            ]
     harness.main("logprobs", cases)

@@ -5,14 +5,21 @@ import torch
 
 from aligner import ops
 
-N = 1 << 17
 
+def inputs(n):
+    def make(small: bool):
+        count = 1000 if small else n
+        logprobs = (-torch.rand(count)).requires_grad_()
+        entropy = torch.rand(count).requires_grad_()
+        return (
+            logprobs,
+            logprobs.detach() + 0.2 * torch.randn(count),
+            torch.randn(count),
+            torch.rand(count) < 0.8,
+            entropy,
+        )
 
-def inputs(small: bool):
-    n = 1000 if small else N
-    logprobs = (-torch.rand(n)).requires_grad_()
-    entropy = torch.rand(n).requires_grad_()
-    return logprobs, logprobs.detach() + 0.2 * torch.randn(n), torch.randn(n), torch.rand(n) < 0.8, entropy
+    return make
 
 
 def call(impl):
@@ -36,11 +43,14 @@ def call(impl):
 
 
 if __name__ == "__main__":
-    case = harness.Case(
-        shape=f"N{N} forward+backward",
-        dtype="float32",
-        inputs=inputs,
-        subjects={impl: call(impl) for impl in ("cpp", "reference")},
-        bytes=N * (4 * 4 + 1 + 2 * 4),
-    )
-    harness.main("policy_loss", [case])
+    cases = [
+        harness.Case(
+            shape=f"N{n} forward+backward",
+            dtype="float32",
+            inputs=inputs(n),
+            subjects={impl: call(impl) for impl in ("cpp", "reference")},
+            bytes=n * (4 * 4 + 1 + 2 * 4),
+        )
+        for n in harness.TOKENS
+    ]
+    harness.main("policy_loss", cases)

@@ -5,12 +5,13 @@ import torch
 
 from aligner import ops
 
-N = 1 << 17
 
+def inputs(n):
+    def make(small: bool):
+        count = 1000 if small else n
+        return torch.randn(count).requires_grad_(), torch.randn(count), torch.randn(count), torch.rand(count) < 0.8
 
-def inputs(small: bool):
-    n = 1000 if small else N
-    return torch.randn(n).requires_grad_(), torch.randn(n), torch.randn(n), torch.rand(n) < 0.8
+    return make
 
 
 def call(impl):
@@ -22,11 +23,14 @@ def call(impl):
 
 
 if __name__ == "__main__":
-    case = harness.Case(
-        shape=f"N{N} forward+backward",
-        dtype="float32",
-        inputs=inputs,
-        subjects={impl: call(impl) for impl in ("cpp", "reference")},
-        bytes=N * (3 * 4 + 1 + 4),
-    )
-    harness.main("value_loss", [case])
+    cases = [
+        harness.Case(
+            shape=f"N{n} forward+backward",
+            dtype="float32",
+            inputs=inputs(n),
+            subjects={impl: call(impl) for impl in ("cpp", "reference")},
+            bytes=n * (3 * 4 + 1 + 4),
+        )
+        for n in harness.TOKENS
+    ]
+    harness.main("value_loss", cases)

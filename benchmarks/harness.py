@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+TOKENS = (1 << 18, 1 << 19, 1 << 20)  # three sizes, to see that the cost grows linearly
 RESULTS = pathlib.Path(__file__).parent / "results"
 COLUMNS = ["date", "commit", "machine", "threads", "shape", "dtype", "impl"]
 COLUMNS += ["seconds_median", "bytes", "gb_per_s", "peak_bytes"]

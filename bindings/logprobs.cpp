@@ -7,43 +7,48 @@ namespace {
 
 const char* const OP = "logprobs";
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs(const Tensor& logits_, const Tensor& targets, double temperature,
+std::tuple<Tensor, Tensor, Tensor, Tensor> logprobs(const Tensor& logits_, const Tensor& targets_, double temperature,
                                                     int64_t vocab_start, int64_t vocab_size) {
   STD_TORCH_CHECK(logits_.dim() == 2, OP, ": logits must have 2 dimensions, got ", logits_.dim());
   const int64_t N = logits_.size(0), V = logits_.size(1);
-  const Dtype dtype = checked_dtype(OP, "logits", logits_);
-  const Tensor logits = checked_rows(OP, "logits", logits_, N, V);
-  const auto columns = checked_targets(OP, targets, nullptr, N, vocab_start, vocab_size);
+  const Call call(OP, logits_);
+  const Dtype dtype = checked_dtype(call, "logits", logits_);
+  const Tensor logits = checked_rows(call, "logits", logits_, N, V);
+  const Tensor targets = checked_targets(call, targets_, nullptr, N, vocab_size);
   Tensor logprobs = new_float(logits, {N}), entropy = new_float(logits, {N});
   Tensor max = new_float(logits, {N}), log_sum = new_float(logits, {N});
-  logprobs_cpu({logits.const_data_ptr(), columns.data(), out<float>(logprobs), out<float>(entropy), out<float>(max),
-                out<float>(log_sum), N, V, logits.stride(0), float(1 / temperature), dtype});
+  run<LogprobsParams>(
+      call, logprobs_cpu, "logprobs",
+      {logits.const_data_ptr(), data<int64_t>(targets), out<float>(logprobs), out<float>(entropy), out<float>(max),
+       out<float>(log_sum), N, V, logits.stride(0), vocab_start, float(1 / temperature), dtype});
   return {logprobs, entropy, max, log_sum};
 }
 
-void backward_into(const Tensor& d_logits, const Tensor& logits, const Tensor& targets, double temperature,
+void backward_into(const Tensor& d_logits, const Tensor& logits, const Tensor& targets_, double temperature,
                    int64_t vocab_start, int64_t vocab_size, const Tensor& max_, const Tensor& log_sum_,
                    const Tensor& entropy_, const std::optional<Tensor>& d_logprobs_,
                    const std::optional<Tensor>& d_entropy_) {
   const int64_t N = logits.size(0), V = logits.size(1);
-  const auto columns = checked_targets(OP, targets, nullptr, N, vocab_start, vocab_size);
-  const Tensor max = checked(OP, "max", max_, ScalarType::Float, {N});
-  const Tensor log_sum = checked(OP, "log_sum", log_sum_, ScalarType::Float, {N});
-  const Tensor entropy = checked(OP, "entropy", entropy_, ScalarType::Float, {N});
-  const auto d_logprobs = checked_optional(OP, "d_logprobs", d_logprobs_, ScalarType::Float, {N});
-  const auto d_entropy = checked_optional(OP, "d_entropy", d_entropy_, ScalarType::Float, {N});
-  logprobs_backward_cpu({logits.const_data_ptr(), columns.data(), data<float>(max), data<float>(log_sum),
-                         data<float>(entropy), data_or_null(d_logprobs), data_or_null(d_entropy),
-                         d_logits.mutable_data_ptr(), N, V, logits.stride(0), d_logits.stride(0),
-                         float(1 / temperature), checked_dtype(OP, "logits", logits)});
+  const Call call(OP, logits);
+  const Tensor targets = checked_targets(call, targets_, nullptr, N, vocab_size);
+  const Tensor max = checked(call, "max", max_, ScalarType::Float, {N});
+  const Tensor log_sum = checked(call, "log_sum", log_sum_, ScalarType::Float, {N});
+  const Tensor entropy = checked(call, "entropy", entropy_, ScalarType::Float, {N});
+  const auto d_logprobs = checked_optional(call, "d_logprobs", d_logprobs_, ScalarType::Float, {N});
+  const auto d_entropy = checked_optional(call, "d_entropy", d_entropy_, ScalarType::Float, {N});
+  run<LogprobsBackwardParams>(
+      call, logprobs_backward_cpu, "logprobs_backward",
+      {logits.const_data_ptr(), data<int64_t>(targets), data<float>(max), data<float>(log_sum), data<float>(entropy),
+       data_or_null(d_logprobs), data_or_null(d_entropy), d_logits.mutable_data_ptr(), N, V, logits.stride(0),
+       d_logits.stride(0), vocab_start, float(1 / temperature), checked_dtype(call, "logits", logits)});
 }
 
 Tensor logprobs_backward(const Tensor& logits_, const Tensor& targets, double temperature, int64_t vocab_start,
                          int64_t vocab_size, const Tensor& max, const Tensor& log_sum, const Tensor& entropy,
                          const std::optional<Tensor>& d_logprobs, const std::optional<Tensor>& d_entropy) {
   STD_TORCH_CHECK(logits_.dim() == 2, OP, ": logits must have 2 dimensions, got ", logits_.dim());
-  const Tensor logits = checked_rows(OP, "logits", logits_, logits_.size(0), logits_.size(1));
-  Tensor d_logits = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  const Tensor logits = checked_rows(Call(OP, logits_), "logits", logits_, logits_.size(0), logits_.size(1));
+  Tensor d_logits = new_large(logits, logits.size(0), logits.size(1));
   backward_into(d_logits, logits, targets, temperature, vocab_start, vocab_size, max, log_sum, entropy, d_logprobs,
                 d_entropy);
   return d_logits;
@@ -52,8 +57,8 @@ Tensor logprobs_backward(const Tensor& logits_, const Tensor& targets, double te
 void logprobs_backward_(const Tensor& logits, const Tensor& targets, double temperature, int64_t vocab_start,
                         int64_t vocab_size, const Tensor& max, const Tensor& log_sum, const Tensor& entropy,
                         const std::optional<Tensor>& d_logprobs, const std::optional<Tensor>& d_entropy) {
-  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.stride(1) == 1, OP,
-                  ": logits must be a CPU matrix with unit column stride to be overwritten");
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1, OP,
+                  ": logits must be a matrix with unit column stride to be overwritten");
   backward_into(logits, logits, targets, temperature, vocab_start, vocab_size, max, log_sum, entropy, d_logprobs,
                 d_entropy);
 }
@@ -72,7 +77,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aligner, m) {
       "logprobs_backward_(Tensor(a!) logits, Tensor targets, float temperature, SymInt vocab_start, SymInt vocab_size,"
       " Tensor max, Tensor log_sum, Tensor entropy, Tensor? d_logprobs, Tensor? d_entropy) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(aligner, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(aligner, CompositeExplicitAutograd, m) {
   m.impl("logprobs", TORCH_BOX(&aligner::logprobs));
   m.impl("logprobs_backward", TORCH_BOX(&aligner::logprobs_backward));
   m.impl("logprobs_backward_", TORCH_BOX(&aligner::logprobs_backward_));

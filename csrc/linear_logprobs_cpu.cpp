@@ -30,7 +30,7 @@ struct Rows {
     data = in_place(p) ? static_cast<const float*>(p.hidden) : copy.data;
     stride = in_place(p) ? p.hidden_stride : p.width;
     if (in_place(p)) return;
-    p.dtype == Dtype::float32 ? gather<Float32>(p) : gather<Bfloat16>(p);
+    with_dtype(p.dtype, [&](auto d) { gather<decltype(d)>(p); });
   }
   template <class D, class P>
   void gather(const P& p) {
@@ -104,9 +104,9 @@ void linear_logprobs_cpu(const LinearLogprobsParams& p) {
     const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
     if (part == 0) used = parts;
     float* packed = workspace.data + part * (pack_size + tile_size);
-    p.dtype == Dtype::float32
-        ? forward_thread<Float32>(p, hidden, partials + part * p.active, packed, packed + pack_size, part, parts)
-        : forward_thread<Bfloat16>(p, hidden, partials + part * p.active, packed, packed + pack_size, part, parts);
+    with_dtype(p.dtype, [&](auto d) {
+      forward_thread<decltype(d)>(p, hidden, partials + part * p.active, packed, packed + pack_size, part, parts);
+    });
   }
   merge(p, partials, used);
 }
@@ -213,7 +213,7 @@ void linear_logprobs_backward_cpu(const LinearLogprobsBackwardParams& p) {
   const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads(), size = backward_sizes(p).total();
   const Rows hidden(p);
   const bool hidden_in_place = Rows::in_place(p);
-  // bfloat16 gradients are summed in float32 and rounded once.
+  // Sixteen-bit gradients are summed in float32 and rounded once.
   const Buffer d_weight(p.d_weight && !is_float ? p.vocabulary * p.width : 0), workspace(threads * size);
   const Buffer d_hidden(p.d_hidden && !hidden_in_place ? p.active * p.width : 0);
   const Gradients d{hidden_in_place ? static_cast<float*>(p.d_hidden) : d_hidden.data,
@@ -222,10 +222,11 @@ void linear_logprobs_backward_cpu(const LinearLogprobsBackwardParams& p) {
 #pragma omp parallel num_threads(int(threads))
   {
     const int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-    is_float ? backward_thread<Float32>(p, hidden, d, workspace.data + part * size, part, parts)
-             : backward_thread<Bfloat16>(p, hidden, d, workspace.data + part * size, part, parts);
+    with_dtype(p.dtype, [&](auto type) {
+      backward_thread<decltype(type)>(p, hidden, d, workspace.data + part * size, part, parts);
+    });
   }
-  is_float ? store_gradients<Float32>(p, d) : store_gradients<Bfloat16>(p, d);
+  with_dtype(p.dtype, [&](auto type) { store_gradients<decltype(type)>(p, d); });
 }
 
 }  // namespace aligner::ALIGNER_ISA

@@ -11,13 +11,14 @@ namespace aligner {
 
 struct LogprobsParams {
   const void* logits;         // [N, V] of dtype; -inf allowed
-  const int64_t* targets;     // [N] column of the target, outside [0, V) when it is in another shard
+  const int64_t* targets;     // [N] token id; in column id - vocab_start, outside [0, V) when it is in another shard
   float* logprobs;            // [N] out, nats; 0 where the target is in another shard
   float* entropy;             // [N] out, nats
-  float* max;                 // [N] out, largest logit (not divided by the temperature)
+  float* max;                 // [N] out, a logit that none exceeds by more than 6 T (not divided by the temperature T)
   float* log_sum;             // [N] out, log sum_j e^{(logit_j - max) / temperature}, nats
   int64_t rows, columns;      // N, V
   int64_t row_stride;         // elements between rows
+  int64_t vocab_start;        // token id of column 0
   float inverse_temperature;  // dimensionless, > 0
   Dtype dtype;                // of logits
 };
@@ -34,6 +35,7 @@ struct LogprobsBackwardParams {
   int64_t rows, columns;      // N, V
   int64_t row_stride;         // elements between rows of logits
   int64_t d_row_stride;       // elements between rows of d_logits
+  int64_t vocab_start;        // token id of column 0
   float inverse_temperature;  // dimensionless, > 0
   Dtype dtype;                // of logits and d_logits
 };

@@ -15,7 +15,7 @@ static void forward_rows(const LogprobsParams& p, int64_t begin, int64_t end) {
       update_row<D>(s, x + v, smaller(BLOCK, p.columns - v), p.inverse_temperature);
     }
     const double log_sum = ::log(s.sum);
-    const int64_t t = p.targets[n];
+    const int64_t t = p.targets[n] - p.vocab_start;
     const bool here = t >= 0 && t < p.columns;
     p.logprobs[n] = here ? float((double(D::get(x + t)) - s.max) * p.inverse_temperature - log_sum) : 0.f;
     p.entropy[n] = float(row_entropy(s));
@@ -33,7 +33,7 @@ static void backward_rows(const LogprobsBackwardParams& p, int64_t begin, int64_
                         p.d_logprobs ? p.d_logprobs[n] : 0.f,
                         p.d_entropy ? p.d_entropy[n] : 0.f,
                         p.inverse_temperature,
-                        p.targets[n]};
+                        p.targets[n] - p.vocab_start};
     const auto* x = static_cast<const typename D::T*>(p.logits) + n * p.row_stride;
     auto* dx = static_cast<typename D::T*>(p.d_logits) + n * p.d_row_stride;
     if (g.d_logprob == 0.f && g.d_entropy == 0.f) {
@@ -46,13 +46,13 @@ static void backward_rows(const LogprobsBackwardParams& p, int64_t begin, int64_
 
 void logprobs_cpu(const LogprobsParams& p) {
   parallel_parts(p.rows, 1, [&](int64_t begin, int64_t end, int) {
-    p.dtype == Dtype::float32 ? forward_rows<Float32>(p, begin, end) : forward_rows<Bfloat16>(p, begin, end);
+    with_dtype(p.dtype, [&](auto d) { forward_rows<decltype(d)>(p, begin, end); });
   });
 }
 
 void logprobs_backward_cpu(const LogprobsBackwardParams& p) {
   parallel_parts(p.rows, 1, [&](int64_t begin, int64_t end, int) {
-    p.dtype == Dtype::float32 ? backward_rows<Float32>(p, begin, end) : backward_rows<Bfloat16>(p, begin, end);
+    with_dtype(p.dtype, [&](auto d) { backward_rows<decltype(d)>(p, begin, end); });
   });
 }
 

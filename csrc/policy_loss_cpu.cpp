@@ -5,7 +5,7 @@
 
 namespace aligner::ALIGNER_ISA {
 
-constexpr int64_t POLICY_STATS = 6;
+constexpr int64_t POLICY_STATS = 8;
 
 // e^d - 1 - d without the cancellation near 0 that e^d alone would bring.
 ALIGNER_INLINE vfloat k3(vfloat d, vfloat ratio) {
@@ -17,6 +17,21 @@ ALIGNER_INLINE vfloat k3(vfloat d, vfloat ratio) {
   series = series * d + 0.5f;
   const vfloat size = vmax(d, -d);
   return size < splat(0.25f) ? series * d * d : ratio - 1.f - d;
+}
+
+// Estimate of KL(new || ref) from x = logprob - ref_logprob, and its slope in x.
+ALIGNER_INLINE vfloat kl_term(KlEstimator kind, vfloat x, vfloat& slope) {
+  if (kind == KlEstimator::k1) {
+    slope = splat(1.f);
+    return x;
+  }
+  if (kind == KlEstimator::k2) {
+    slope = x;
+    return 0.5f * x * x;
+  }
+  const vfloat e = vexp(-x), value = k3(-x, e);
+  slope = x - value;  // 1 - e^-x
+  return value;
 }
 
 static void policy_loss_part(const PolicyLossParams& p, int64_t begin, int64_t end, double* sums) {
@@ -37,14 +52,24 @@ static void policy_loss_part(const PolicyLossParams& p, int64_t begin, int64_t e
     const vint beyond = (a < zero) & (dual < l);
     l = beyond ? dual : l;
     active |= beyond;
-    store_some<Float32>(p.d_logprobs + i, w * scale * (active ? zero : plain), n);
+    const vfloat c = p.importance ? keep(w, load_some<Float32>(p.importance + i, n, 0.f)) : keep(w, splat(1.f));
+    vfloat d_term = c * (active ? zero : plain), kl = zero;
+    if (p.ref_logprobs) {
+      const vfloat logprobs = load_some<Float32>(p.logprobs + i, n, 0.f);
+      vfloat slope;
+      kl = kl_term(p.kl, keep(w, logprobs - load_some<Float32>(p.ref_logprobs + i, n, 0.f)), slope);
+      d_term += p.kl_coef * slope;
+    }
+    store_some<Float32>(p.d_logprobs + i, w * scale * d_term, n);
     const vfloat h = p.entropy ? keep(w, load_some<Float32>(p.entropy + i, n, 0.f)) : zero;
-    total[0] += widen_sum(w * l);
+    total[0] += widen_sum(w * c * l);
     total[1] += widen_sum(active ? w : zero);
     total[2] += widen_sum(w * k3(d, r));
     total[3] += widen_sum(w * r);
     total[4] += widen_sum(w * clamped);
     total[5] += widen_sum(w * h);
+    total[6] += widen_sum(w * kl);
+    total[7] += widen_sum(w * c);
   }
   for (int64_t k = 0; k < POLICY_STATS; ++k) sums[k] = hsum(total[k]);
 }
@@ -58,7 +83,7 @@ void policy_loss_cpu(const PolicyLossParams& p) {
     for (int64_t k = 0; k < POLICY_STATS; ++k) sums[k] += parts[i][k];
   }
   for (int64_t k = 0; k < POLICY_STATS; ++k) p.stats[k] = float(sums[k] / p.num_tokens);
-  p.loss[0] = float((sums[0] - double(p.entropy_coef) * sums[5]) / p.num_tokens);
+  p.loss[0] = float((sums[0] - double(p.entropy_coef) * sums[5] + double(p.kl_coef) * sums[6]) / p.num_tokens);
 }
 
 }  // namespace aligner::ALIGNER_ISA

@@ -4,6 +4,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include "dtype.h"
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -30,6 +32,7 @@ constexpr float LN2 = 0.6931471805599453f;
 ALIGNER_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ALIGNER_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 ALIGNER_INLINE vfloat splat(float x) { return x - vfloat{}; }
+ALIGNER_INLINE vint splat_int(int32_t x) { return x - vint{}; }
 
 struct Float32 {
   using T = float;
@@ -42,19 +45,37 @@ struct Float32 {
   ALIGNER_INLINE float get(const float* p) { return *p; }
 };
 
+// Sixteen-bit numbers as integers. GCC 12 would convert them one by one.
+ALIGNER_INLINE vint load_ushort(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (vint)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vint)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  vushort h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, vint);
+#endif
+}
+ALIGNER_INLINE void store_ushort(uint16_t* p, vint v) {  // 0 <= v < 2^16
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08);
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+#else
+  const vushort h = __builtin_convertvector(v, vushort);
+  memcpy(p, &h, sizeof h);
+#endif
+}
+
 struct Bfloat16 {
   using T = uint16_t;
-  ALIGNER_INLINE vfloat load(const uint16_t* p) {
-    vushort h;
-    memcpy(&h, p, sizeof h);
-    return (vfloat)(__builtin_convertvector(h, vint) << 16);
-  }
+  ALIGNER_INLINE vfloat load(const uint16_t* p) { return (vfloat)(load_ushort(p) << 16); }
   ALIGNER_INLINE void store(uint16_t* p, vfloat v) {  // round to nearest even; a NaN stays one
     const vint u = (vint)v;
-    const vint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const vint bits = v == v ? rounded : (u >> 16) | 0x40;
-    const vushort h = __builtin_convertvector(bits, vushort);
-    memcpy(p, &h, sizeof h);
+    const vint rounded = u + 0x7fff + ((u >> 16) & 1);
+    store_ushort(p, ((v == v ? rounded : u | 0x400000) >> 16) & 0xffff);
   }
   ALIGNER_INLINE float get(const uint16_t* p) {
     const uint32_t u = uint32_t(*p) << 16;
@@ -63,6 +84,51 @@ struct Bfloat16 {
     return f;
   }
 };
+
+struct Float16 {
+  using T = uint16_t;
+#if defined(__AVX512F__)
+  ALIGNER_INLINE vfloat load(const uint16_t* p) {
+    return (vfloat)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  }
+  ALIGNER_INLINE void store(uint16_t* p, vfloat v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
+#elif defined(__F16C__)
+  ALIGNER_INLINE vfloat load(const uint16_t* p) { return (vfloat)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  ALIGNER_INLINE void store(uint16_t* p, vfloat v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+  ALIGNER_INLINE vfloat load(const uint16_t* p) {
+    const vint u = load_ushort(p), size = (u & 0x7fff) << 13;
+    const vfloat finite = (vfloat)size * 0x1p112f;  // moves the exponent's bias, denormals included
+    const vint bits = size >= 0x0f800000 ? size | 0x7f800000 : (vint)finite;
+    return (vfloat)(bits | (u & 0x8000) << 16);
+  }
+  ALIGNER_INLINE void store(uint16_t* p, vfloat v) {  // round to nearest even; a NaN stays one
+    const vint u = (vint)v & 0x7fffffff, sign = ((vint)v >> 16) & 0x8000;
+    const vint normal = (u - 0x38000000 + 0xfff + ((u >> 13) & 1)) >> 13;
+    const vint denormal = (vint)((vfloat)u + 0.5f) - 0x3f000000;  // the addition rounds at 2^-24
+    const vint beyond = u > 0x7f800000 ? splat_int(0x7e00) : splat_int(0x7c00);
+    const vint bits = u >= 0x47800000 ? beyond : (u < 0x38800000 ? denormal : normal);
+    store_ushort(p, bits | sign);
+  }
+#endif
+  ALIGNER_INLINE float get(const uint16_t* p) {
+    uint16_t t[LANES] = {*p};
+    return load(t)[0];
+  }
+};
+
+// body(Float32{}), body(Bfloat16{}) or body(Float16{}).
+template <class Body>
+ALIGNER_INLINE void with_dtype(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(Float32{});
+    case Dtype::bfloat16:
+      return body(Bfloat16{});
+    case Dtype::float16:
+      return body(Float16{});
+  }
+}
 
 // The last count < LANES elements of a row; the other lanes hold `fill`.
 template <class D>
@@ -129,10 +195,18 @@ struct Doubles {
   vdouble low, high;
 };
 ALIGNER_INLINE Doubles widen(vfloat v) {
+#if defined(__AVX512F__)  // GCC 12 goes through the stack where halves are taken by memcpy
+  const __m512 x = (__m512)v;
+  return {(vdouble)_mm512_cvtps_pd(_mm512_castps512_ps256(x)), (vdouble)_mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+#elif defined(__AVX2__)
+  const __m256 x = (__m256)v;
+  return {(vdouble)_mm256_cvtps_pd(_mm256_castps256_ps128(x)), (vdouble)_mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+#else
   vfloat_half low, high;
   memcpy(&low, &v, sizeof low);
   memcpy(&high, (const char*)&v + sizeof low, sizeof high);
   return {__builtin_convertvector(low, vdouble), __builtin_convertvector(high, vdouble)};
+#endif
 }
 ALIGNER_INLINE vfloat narrow(Doubles d) {
   const vfloat_half low = __builtin_convertvector(d.low, vfloat_half);
@@ -147,19 +221,35 @@ ALIGNER_INLINE vdouble widen_sum(vfloat v) {  // floats folded into half as many
   return d.low + d.high;
 }
 
-// 2^y for -126 <= y < 128, about 1 ulp: nearest integer by a magic add, degree-6 minimax polynomial on [-1/2, 1/2].
-ALIGNER_INLINE vfloat exp2_in_range(vfloat y) {
-  const vfloat magic = splat(12582912.f);  // 1.5 * 2^23
-  const vfloat n = y + magic;
-  const vfloat f = y - (n - magic);
+// 2^f for |f| <= 1/2, about 1 ulp: degree-6 minimax polynomial.
+ALIGNER_INLINE vfloat exp2_fraction(vfloat f) {
   vfloat p = splat(0.000153458081f);
   p = p * f + 0.00133999309f;
   p = p * f + 0.00961848907f;
   p = p * f + 0.0555032864f;
   p = p * f + 0.240226462f;
   p = p * f + 0.693147182f;
-  p = p * f + 1.f;
-  return (vfloat)((vint)p + ((vint)n << 23));
+  return p * f + 1.f;
+}
+
+// 2^y for -126 <= y < 128: nearest integer by a magic add.
+ALIGNER_INLINE vfloat exp2_in_range(vfloat y) {
+  const vfloat magic = splat(12582912.f);  // 1.5 * 2^23
+  const vfloat n = y + magic;
+  return (vfloat)((vint)exp2_fraction(y - (n - magic)) + ((vint)n << 23));
+}
+
+// 2^y for y < 128: 0 below float range, NaN for NaN. `y` comes back clamped, so that 0 * y is 0.
+ALIGNER_INLINE vfloat exp2_or_zero(vfloat& y) {
+#if defined(__AVX512F__)
+  y = vmax(splat(-160.f), y);
+  const __m512 n = _mm512_roundscale_ps((__m512)y, 0);
+  return (vfloat)_mm512_scalef_ps((__m512)exp2_fraction(y - (vfloat)n), n);
+#else
+  const vint underflow = y <= splat(-126.f);
+  y = underflow ? splat(-126.f) : y;
+  return underflow ? splat(0.f) : exp2_in_range(y);
+#endif
 }
 
 // e^x over the whole float range; infinities and NaN as in libm, denormal results are 0.

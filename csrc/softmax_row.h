@@ -7,19 +7,12 @@
 
 namespace aligner::ALIGNER_ISA {
 
-// z = (x - max) * inverse_temperature over the elements seen; sum = sum e^z, weighted = sum e^z z.
+// z = (x - max) * inverse_temperature over the elements seen; sum = sum e^z, weighted = sum e^z z. `max` need not be
+// the largest element: it is one that none of them exceeds by much, so that no e^z overflows.
 struct RowStats {
   float max = -INFINITY;
   double sum = 0, weighted = 0;
 };
-
-// p = e^z in base 2 for y = z log2(e): exactly 0 below float range, NaN for NaN. `y` comes back clamped, so that 0 * y
-// is 0.
-ALIGNER_INLINE vfloat exp2_or_zero(vfloat& y) {
-  const vint underflow = y <= splat(-126.f);
-  y = underflow ? splat(-126.f) : y;
-  return underflow ? splat(0.f) : exp2_in_range(y);
-}
 
 template <class D>
 ALIGNER_INLINE float row_max(const typename D::T* x, int64_t count) {
@@ -35,37 +28,63 @@ ALIGNER_INLINE float row_max(const typename D::T* x, int64_t count) {
   return hmax(vmax(vmax(m0, m1), vmax(m2, m3)));
 }
 
-// Adds `count` more elements of a row; they should fit the L1 cache, since they are read twice.
+struct BlockStats {
+  double sum, weighted;  // of base-2 exponents: sum 2^y, sum 2^y y
+  float max;
+};
+
+// One reading of `count` elements against the reference `max`.
 template <class D>
-ALIGNER_INLINE void update_row(RowStats& s, const typename D::T* x, int64_t count, float inverse_temperature) {
-  const float block_max = row_max<D>(x, count);
-  if (block_max > s.max) {
-    if (s.sum > 0) {
-      const double z = (double(s.max) - block_max) * inverse_temperature, scale = ::exp(z);
-      s.weighted = scale > 0 ? scale * (s.weighted + s.sum * z) : 0.0;
-      s.sum *= scale;
-    }
-    s.max = block_max;
-  }
-  const vfloat max = splat(s.max == -INFINITY ? 0.f : s.max), k = splat(inverse_temperature * LOG2E);
-  vfloat s0{}, s1{}, t0{}, t1{};
+ALIGNER_INLINE BlockStats read_block(const typename D::T* x, int64_t count, float reference,
+                                     float inverse_temperature) {
+  const vfloat max = splat(reference), k = splat(inverse_temperature * LOG2E);
+  vfloat s0{}, s1{}, t0{}, t1{}, m0 = splat(-INFINITY), m1 = m0;
   int64_t i = 0;
   for (; i + 2 * LANES <= count; i += 2 * LANES) {
-    vfloat y0 = (D::load(x + i) - max) * k, y1 = (D::load(x + i + LANES) - max) * k;
+    const vfloat x0 = D::load(x + i), x1 = D::load(x + i + LANES);
+    vfloat y0 = (x0 - max) * k, y1 = (x1 - max) * k;
     const vfloat e0 = exp2_or_zero(y0), e1 = exp2_or_zero(y1);
+    m0 = vmax(x0, m0);
+    m1 = vmax(x1, m1);
     s0 += e0;
     s1 += e1;
     t0 += e0 * y0;
     t1 += e1 * y1;
   }
   for (; i < count; i += LANES) {
-    vfloat y = (load_some<D>(x + i, count - i, -INFINITY) - max) * k;
+    const vfloat x0 = load_some<D>(x + i, count - i, -INFINITY);
+    vfloat y = (x0 - max) * k;
     const vfloat e = exp2_or_zero(y);
+    m0 = vmax(x0, m0);
     s0 += e;
     t0 += e * y;
   }
-  s.sum += hsum(s0) + hsum(s1);
-  s.weighted += (hsum(t0) + hsum(t1)) * 0.6931471805599453;
+  return {hsum(s0) + hsum(s1), hsum(t0) + hsum(t1), hmax(vmax(m0, m1))};
+}
+
+// The statistics with another reference.
+ALIGNER_INLINE void move_reference(RowStats& s, float max, float inverse_temperature) {
+  if (s.sum > 0) {
+    const double z = (double(s.max) - max) * inverse_temperature, scale = ::exp(z);
+    s.weighted = scale > 0 ? scale * (s.weighted + s.sum * z) : 0.0;
+    s.sum *= scale;
+  }
+  s.max = max;
+}
+
+// Adds `count` more elements of a row. The reference is the first block's maximum; where a later one exceeds it by more
+// than e^6 the block, still in the L1 cache, is read again.
+template <class D>
+ALIGNER_INLINE void update_row(RowStats& s, const typename D::T* x, int64_t count, float inverse_temperature) {
+  if (s.max == -INFINITY) s.max = row_max<D>(x, count);
+  const float reference = s.max == -INFINITY ? 0.f : s.max;
+  BlockStats b = read_block<D>(x, count, reference, inverse_temperature);
+  if ((b.max - reference) * inverse_temperature > 6.f && s.max != -INFINITY) {
+    move_reference(s, b.max, inverse_temperature);
+    b = read_block<D>(x, count, b.max, inverse_temperature);
+  }
+  s.sum += b.sum;
+  s.weighted += b.weighted * 0.6931471805599453;
 }
 
 // Statistics of the elements of both.
@@ -82,7 +101,7 @@ ALIGNER_INLINE RowStats merge_rows(const RowStats& a, const RowStats& b, float i
   return s;
 }
 
-// Entropy in nats: log(sum) - E[z]. Both terms are >= 0, so nothing cancels.
+// Entropy in nats: log(sum) - E[z]. Neither term is below -6, so little cancels.
 ALIGNER_INLINE double row_entropy(const RowStats& s) { return ::log(s.sum) - s.weighted / s.sum; }
 
 // What the gradient of a row needs; target is negative when it is not among the row's elements.

@@ -1,7 +1,8 @@
-// Half the squared error of a critic, clipped around its old values: loss, gradient and statistics in one pass.
-//   loss = 0.5 * sum_t w_t max((v_clip - R)^2, (v - R)^2) / num_tokens,   v_clip = v_old + clamp(v - v_old, -clip,
-//   clip)
-// Source: Schulman et al. 2017, arXiv:1707.06347 (the PPO2 implementation's clipped value loss).
+// Error of a critic, clipped around its old values: loss, gradient and statistics in one pass.
+//   loss = sum_t w_t max(rho(v_clip - R), rho(v - R)) / num_tokens,   v_clip = v_old + clamp(v - v_old, -clip, clip)
+//   rho(e) = e^2 / 2 where |e| <= huber, else huber (|e| - huber / 2)
+// Source: Schulman et al. 2017, arXiv:1707.06347 (the PPO2 implementation's clipped value loss); rho: Huber 1964,
+// "Robust estimation of a location parameter".
 #pragma once
 #include <cstdint>
 
@@ -21,6 +22,7 @@ struct ValueLossParams {
   int64_t count;            // N
   double num_tokens;        // tokens, denominator of the whole optimizer step
   float clip;               // reward units, >= 0; infinity switches it off
+  float huber;              // reward units, > 0, where rho turns linear; infinity for the squared error
 };
 
 ALIGNER_CPU_KERNEL(value_loss_cpu, ValueLossParams)

@@ -7,9 +7,14 @@ namespace aligner::ALIGNER_ISA {
 
 constexpr int64_t VALUE_STATS = 4;
 
+ALIGNER_INLINE vfloat rho(vfloat error, vfloat huber) {
+  const vfloat size = vmax(error, -error), inside = vmin(size, huber);
+  return size <= huber ? 0.5f * error * error : inside * (size - 0.5f * inside);
+}
+
 static void value_loss_part(const ValueLossParams& p, int64_t begin, int64_t end, double* sums) {
   const float scale = float(1.0 / p.num_tokens);
-  const vfloat zero = splat(0.f), bound = splat(p.clip);
+  const vfloat zero = splat(0.f), bound = splat(p.clip), huber = splat(p.huber);
   vdouble total[VALUE_STATS] = {};
   for (int64_t i = begin; i < end; i += LANES) {
     const int64_t n = end - i;
@@ -21,11 +26,11 @@ static void value_loss_part(const ValueLossParams& p, int64_t begin, int64_t end
     const vint outside = (moved > bound) | (moved < -bound);
     const vfloat plain = v - target;
     const vfloat clip = outside ? (old + vmin(bound, vmax(-bound, moved))) - target : plain;
-    const vint active = clip * clip > plain * plain;
-    const vfloat error = active ? clip : plain;
+    const vfloat rho_plain = rho(plain, huber), rho_clip = rho(clip, huber);
+    const vint active = rho_clip > rho_plain;
     // Where the clipped branch is larger v is outside the bounds, so it does not move that branch.
-    store_some<Float32>(p.d_values + i, w * scale * (active ? zero : plain), n);
-    total[0] += widen_sum(w * error * error);
+    store_some<Float32>(p.d_values + i, w * scale * (active ? zero : vmin(huber, vmax(-huber, plain))), n);
+    total[0] += widen_sum(w * (active ? rho_clip : rho_plain));
     total[1] += widen_sum(active ? w : zero);
     total[2] += widen_sum(w * v);
     total[3] += widen_sum(w * target);
@@ -41,7 +46,6 @@ void value_loss_cpu(const ValueLossParams& p) {
   for (int i = 0; i < used; ++i) {
     for (int64_t k = 0; k < VALUE_STATS; ++k) sums[k] += parts[i][k];
   }
-  sums[0] *= 0.5;
   for (int64_t k = 0; k < VALUE_STATS; ++k) p.stats[k] = float(sums[k] / p.num_tokens);
   p.loss[0] = p.stats[0];
 }

@@ -51,14 +51,14 @@ def gae(
     cu_seqlens: (B + 1,) int32, tokens. Prefix sum of sequence lengths; cu_seqlens[B] == N.
     gamma: dimensionless, in [0, 1]. Discount per action token.
     lam: dimensionless, in [0, 1]. Trace decay per action token.
-    impl: "auto" | "reference" | "cpp".
+    impl: "auto" | "reference" | "cpp" | "cuda".
 
     Returns advantages_N and returns_N = advantages_N + values_N, (N,) float32, reward units, 0 where not an action; no
     gradient flows through either. Raises ValueError for gamma, lam or impl out of range, RuntimeError for shapes.
     """
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gae: gamma is {gamma} and lam is {lam}, expected both in [0, 1].")
-    if library.use_cpp("gae", impl, {"rewards": rewards_N, "values": values_N}):
+    if library.use_compiled("gae", impl, {"rewards": rewards_N, "values": values_N}):
         return torch.ops.aligner.gae(rewards_N.detach(), values_N.detach(), action_mask_N, cu_seqlens, gamma, lam)
     return gae_reference(rewards_N, values_N, action_mask_N, cu_seqlens, gamma=gamma, lam=lam)
 

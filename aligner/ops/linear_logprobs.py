@@ -12,6 +12,7 @@ from torch import Tensor
 from aligner.ops import library, vocab_parallel
 from aligner.ops.logprobs import DTYPES, logprobs_reference
 
+TRITON_DTYPES = (torch.float32, torch.bfloat16)  # a float16 gradient of logits would underflow
 TRITON = importlib.util.find_spec("triton") is not None  # imported only where it is used: it takes a second
 
 
@@ -55,21 +56,22 @@ def linear_logprobs(
 
     Source: Wijmans et al. 2024, arXiv:2411.09009, section 4: the logits are made a tile at a time, twice.
 
-    hidden_NH: (N, H) float32 or bfloat16, dimensionless. Gradients flow to it.
+    hidden_NH: (N, H) float32, bfloat16 or, not with triton, float16, dimensionless. Gradients flow to it.
     weight_VH: (V, H) of the same dtype, dimensionless. Gradients flow to it when it asks for them.
     targets_N: (N,) int64, token ids of the whole vocabulary.
     mask_N: (N,) bool, or None for all. A row left out costs nothing and gives 0, whatever it holds.
     temperature: dimensionless, > 0.
     group: ranks that hold the rows of weight, equal contiguous shards in rank order; None when not sharded.
-    impl: "auto" | "reference" | "cpp" | "triton". "auto" is cpp on CPU and triton on CUDA, for the dtypes above.
+    impl: "auto" | "reference" | "cpp" | "triton". "auto" is cpp on CPU and triton on CUDA.
 
     Returns logprobs_N and entropy_N, (N,) float32, nats; gradients flow through both. Raises ValueError for temperature
     or impl, RuntimeError for shapes and targets out of range (on CUDA the latter is a device-side assertion).
     """
     if not temperature > 0:
         raise ValueError(f"linear_logprobs: temperature is {temperature}, expected more than 0.")
-    triton = _use_triton(impl, {"hidden": hidden_NH, "weight": weight_VH})
-    if not triton and not library.use_cpp("linear_logprobs", impl, {"hidden": hidden_NH, "weight": weight_VH}, DTYPES):
+    tensors = {"hidden": hidden_NH, "weight": weight_VH}
+    triton = _use_triton(impl, tensors)
+    if not triton and not library.use_compiled("linear_logprobs", impl, tensors, DTYPES, ("cpp",)):
         return linear_logprobs_reference(
             hidden_NH, weight_VH, targets_N, mask_N=mask_N, temperature=temperature, group=group
         )
@@ -86,13 +88,13 @@ def _use_triton(impl: str, tensors: dict[str, Tensor]) -> bool:
     unfit = [
         f"{name} is {str(t.dtype).removeprefix('torch.')} on {t.device.type}"
         for name, t in tensors.items()
-        if t.dtype not in DTYPES or not t.is_cuda
+        if t.dtype not in TRITON_DTYPES or not t.is_cuda
     ]
     if impl == "auto":
         return TRITON and not unfit
     if not TRITON:
         raise ValueError("linear_logprobs: impl triton needs the package triton; install it or pass impl='reference'.")
-    if unfit and not (all(t.dtype in DTYPES and t.is_cpu for t in tensors.values()) and _interpreted()):
+    if unfit and not (all(t.dtype in TRITON_DTYPES and t.is_cpu for t in tensors.values()) and _interpreted()):
         raise ValueError(
             f"linear_logprobs: {unfit[0]}, impl triton takes float32 or bfloat16 on cuda, or on cpu in Triton's "
             "interpreter (TRITON_INTERPRET=1 from the start); convert it or pass impl='auto'."

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aligner.ops import library, vocab_parallel
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def logprobs_reference(
@@ -39,22 +39,23 @@ def logprobs(
 
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
 
-    logits_NV: (N, V) float32 or bfloat16, dimensionless; rows may be any distance apart, -inf is allowed.
+    logits_NV: (N, V) float32, bfloat16 or float16, dimensionless; rows may be any distance apart, -inf is allowed.
     targets_N: (N,) int64, token ids of the whole vocabulary.
     temperature: dimensionless, > 0.
     group: ranks that hold the vocabulary's columns, equal contiguous shards in rank order; None when not sharded.
-    inplace_backward: the gradient overwrites logits_NV, which must not be used again; eager impl "cpp" only.
-    impl: "auto" | "reference" | "cpp".
+    inplace_backward: the gradient overwrites logits_NV, which must not be used again; eager and compiled only.
+    impl: "auto" | "reference" | "cpp" | "cuda".
 
     Returns logprobs_N and entropy_N, (N,) float32, nats; gradients flow through both. Raises ValueError for
-    temperature, impl or an in-place backward that cannot be, RuntimeError for shapes and targets out of range.
+    temperature, impl or an in-place backward that cannot be, RuntimeError for shapes and targets out of range
+    (on a GPU a target out of range gives NaN, for which no host has to wait).
     """
     if not temperature > 0:
         raise ValueError(f"logprobs: temperature is {temperature}, expected more than 0.")
-    cpp = library.use_cpp("logprobs", impl, {"logits": logits_NV}, DTYPES)
-    if inplace_backward and not cpp:
-        raise ValueError("logprobs: inplace_backward needs impl cpp (float32 or bfloat16 on cpu); pass False.")
-    if not cpp:
+    compiled = library.use_compiled("logprobs", impl, {"logits": logits_NV}, DTYPES)
+    if inplace_backward and not compiled:
+        raise ValueError("logprobs: inplace_backward needs impl cpp or cuda and a dtype they take; pass False.")
+    if not compiled:
         return logprobs_reference(logits_NV, targets_N, temperature=temperature, group=group)
     if group is not None or inplace_backward:
         if inplace_backward and logits_NV.is_leaf and logits_NV.requires_grad:

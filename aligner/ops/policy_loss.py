@@ -7,7 +7,12 @@ from torch import Tensor
 
 from aligner.ops import library
 
-STATS = ("policy_loss", "clip_fraction", "approx_kl", "ratio", "ratio_clamped", "entropy")
+STATS = ("policy_loss", "clip_fraction", "approx_kl", "ratio", "ratio_clamped", "entropy", "kl", "importance")
+KL_ESTIMATORS = {
+    "k1": lambda x: x,
+    "k2": lambda x: 0.5 * x.square(),
+    "k3": lambda x: torch.expm1(-x) + x,
+}
 
 
 def policy_loss_reference(
@@ -20,8 +25,12 @@ def policy_loss_reference(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
+    importance_N: Tensor | None = None,
     entropy_N: Tensor | None = None,
     entropy_coef: float = 0.0,
+    ref_logprobs_N: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` in plain PyTorch: any device, any float dtype."""
     weights_N = mask_N.to(logprobs_N.dtype)
@@ -37,15 +46,26 @@ def policy_loss_reference(
         beyond_N = (advantages_N < 0) & (dual_N < loss_N)
         loss_N = torch.where(beyond_N, dual_N, loss_N)
         active_N = active_N | beyond_N
-    terms = [loss_N, active_N.to(loss_N.dtype), torch.expm1(d_N) - d_N, ratio_N, clamped_N]
+    terms = {
+        "policy_loss": loss_N,
+        "clip_fraction": active_N.to(loss_N.dtype),
+        "approx_kl": torch.expm1(d_N) - d_N,
+        "ratio": ratio_N,
+        "ratio_clamped": clamped_N,
+    }
+    if importance_N is not None:
+        terms["importance"] = torch.where(weights_N != 0, importance_N.detach(), 0)
+        terms["policy_loss"] = terms["importance"] * loss_N
     if entropy_N is not None:
-        terms.append(torch.where(weights_N != 0, entropy_N, 0))
-    sums = [(weights_N * term).sum() / num_tokens for term in terms]
-    loss = sums[0] - entropy_coef * sums[5] if entropy_N is not None else sums[0]
-    return loss, {name: value.detach() for name, value in zip(STATS, sums, strict=False)}
+        terms["entropy"] = torch.where(weights_N != 0, entropy_N, 0)
+    if ref_logprobs_N is not None:
+        terms["kl"] = KL_ESTIMATORS[kl](torch.where(weights_N != 0, logprobs_N - ref_logprobs_N.detach(), 0))
+    means = {name: (weights_N * terms[name]).sum() / num_tokens for name in STATS if name in terms}
+    loss = means["policy_loss"] - entropy_coef * means.get("entropy", 0) + kl_coef * means.get("kl", 0)
+    return loss, {name: mean.detach() for name, mean in means.items()}
 
 
-def _check(num_tokens, clip_low, clip_high, dual_clip, entropy_N, entropy_coef) -> None:
+def _check(num_tokens, clip_low, clip_high, dual_clip, entropy_N, entropy_coef, ref_logprobs_N, kl_coef, kl) -> None:
     if not num_tokens > 0:
         raise ValueError(f"policy_loss: num_tokens is {num_tokens}, expected the step's positive number of tokens.")
     if not (clip_low >= 0 and clip_high >= 0):
@@ -54,6 +74,10 @@ def _check(num_tokens, clip_low, clip_high, dual_clip, entropy_N, entropy_coef) 
         raise ValueError(f"policy_loss: dual_clip is {dual_clip}, expected more than 1, or None to switch it off.")
     if entropy_coef and entropy_N is None:
         raise ValueError(f"policy_loss: entropy_coef is {entropy_coef} but entropy_N is None; pass the entropy.")
+    if kl_coef and ref_logprobs_N is None:
+        raise ValueError(f"policy_loss: kl_coef is {kl_coef} but ref_logprobs_N is None; pass the reference's.")
+    if kl not in KL_ESTIMATORS:
+        raise ValueError(f"policy_loss: kl is {kl!r}, expected k1, k2 or k3.")
 
 
 def policy_loss(
@@ -66,16 +90,24 @@ def policy_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None = None,
+    importance_N: Tensor | None = None,
     entropy_N: Tensor | None = None,
     entropy_coef: float = 0.0,
+    ref_logprobs_N: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl: str = "k3",
     impl: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""PPO's clipped surrogate, with dual clip and an entropy bonus on request, and its statistics in one pass.
+    r"""PPO's clipped surrogate, on request with dual clip, entropy bonus and KL term, and its statistics in one pass.
 
-        loss = sum_t w_t (l_t - entropy_coef * H_t) / num_tokens,    r_t = exp(logprob_t - old_logprob_t)
+        loss = sum_t w_t (c_t l_t - entropy_coef * H_t + kl_coef * KL_t) / num_tokens
         l_t = max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high)),    where A_t < 0: min(l_t, -A_t dual_clip)
+        r_t = exp(logprob_t - old_logprob_t),    x_t = logprob_t - ref_logprob_t
+        KL_t = x_t (k1), x_t^2 / 2 (k2), exp(-x_t) - 1 + x_t (k3)
 
-    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5; KL in the
+    loss: Shao et al. 2024, arXiv:2402.03300, eq. 3-4; its estimators: Schulman 2020, joschu.net/blog/kl-approx.html;
+    correction c_t for a sampler that differs from the trainer: Yao et al. 2025, fengyao.notion.site/off-policy-rl.
 
     logprobs_N: (N,) float32, nats. Under the policy being trained; gradients flow to it.
     old_logprobs_N: (N,) float32, nats. Under the policy that sampled.
@@ -84,32 +116,47 @@ def policy_loss(
     num_tokens: tokens, > 0. Denominator of the whole optimizer step, so that micro-batches add up.
     clip_low, clip_high: dimensionless, >= 0. The ratio is clipped to [1 - clip_low, 1 + clip_high].
     dual_clip: dimensionless, > 1, or None for none. Bound on the ratio where the advantage is negative.
+    importance_N: (N,) float32, dimensionless, or None for 1. The c_t above, such as a truncated ratio of the trainer's
+        to the sampler's probability; no gradient flows to it.
     entropy_N: (N,) float32, nats, or None. Gradients flow to it.
     entropy_coef: dimensionless. Weight of the entropy bonus; needs entropy_N.
-    impl: "auto" | "reference" | "cpp".
+    ref_logprobs_N: (N,) float32, nats, or None. Under the reference policy.
+    kl_coef: dimensionless. Weight of the KL term; needs ref_logprobs_N.
+    kl: "k1" | "k2" | "k3". Its estimator; the gradient is that of the formula, hence 0 in expectation with k1.
+    impl: "auto" | "reference" | "cpp" | "cuda".
 
     Returns the loss, () float32, and detached () float32 statistics, each sum_t w_t x_t / num_tokens: "policy_loss"
-    (without the entropy term), "clip_fraction" (1 where a clipped branch is active), "approx_kl" (r - 1 - log r, the k3
-    estimate of KL(old || new), nats), "ratio", "ratio_clamped", and "entropy" (nats) when entropy_N is given. Raises
-    ValueError for an argument out of range, RuntimeError for shapes.
+    (c_t l_t), "clip_fraction" (1 where a clipped branch is active), "approx_kl" (r - 1 - log r, the k3 estimate of
+    KL(old || new), nats), "ratio", "ratio_clamped", and "entropy" (nats), "kl" (nats), "importance" where their inputs
+    are given. Raises ValueError for an argument out of range, RuntimeError for shapes.
     """
-    _check(num_tokens, clip_low, clip_high, dual_clip, entropy_N, entropy_coef)
-    tensors = {"logprobs": logprobs_N, "old_logprobs": old_logprobs_N, "advantages": advantages_N}
-    if entropy_N is not None:
-        tensors["entropy"] = entropy_N
-    if not library.use_cpp("policy_loss", impl, tensors):
-        given = dict(dual_clip=dual_clip, entropy_N=entropy_N, entropy_coef=entropy_coef)
-        inputs = (logprobs_N, old_logprobs_N, advantages_N, mask_N, num_tokens)
-        return policy_loss_reference(*inputs, clip_low=clip_low, clip_high=clip_high, **given)
-    inputs = (logprobs_N, old_logprobs_N.detach(), advantages_N.detach(), mask_N, entropy_N)
-    settings = (float(num_tokens), clip_low, clip_high, dual_clip, entropy_coef)
-    loss, stats, _ = torch.ops.aligner.policy_loss(*inputs, *settings)
-    names = STATS if entropy_N is not None else STATS[:-1]
-    return loss, dict(zip(names, stats.unbind(), strict=False))
+    _check(num_tokens, clip_low, clip_high, dual_clip, entropy_N, entropy_coef, ref_logprobs_N, kl_coef, kl)
+    optional = {"importance": importance_N, "ref_logprobs": ref_logprobs_N, "entropy": entropy_N}
+    given = {name: t for name, t in optional.items() if t is not None}
+    tensors = {"logprobs": logprobs_N, "old_logprobs": old_logprobs_N, "advantages": advantages_N} | given
+    if not library.use_compiled("policy_loss", impl, tensors):
+        return policy_loss_reference(
+            *(logprobs_N, old_logprobs_N, advantages_N, mask_N, num_tokens),
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            importance_N=importance_N,
+            entropy_N=entropy_N,
+            entropy_coef=entropy_coef,
+            ref_logprobs_N=ref_logprobs_N,
+            kl_coef=kl_coef,
+            kl=kl,
+        )
+    constants = (t if t is None else t.detach() for t in (old_logprobs_N, advantages_N))
+    more = (t if t is None else t.detach() for t in (importance_N, ref_logprobs_N))
+    settings = (float(num_tokens), clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl)
+    loss, stats, _ = torch.ops.aligner.policy_loss(logprobs_N, *constants, mask_N, *more, entropy_N, *settings)
+    absent = {"kl" if name == "ref_logprobs" else name for name in optional.keys() - given.keys()}
+    return loss, {name: x for name, x in zip(STATS, stats.unbind(), strict=True) if name not in absent}
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, _, _, mask, entropy, ctx.num_tokens, _, _, _, ctx.entropy_coef = inputs
+    _, _, _, mask, _, _, entropy, ctx.num_tokens, _, _, _, ctx.entropy_coef, _, _ = inputs
     _, stats, d_logprobs = output
     ctx.mark_non_differentiable(stats, d_logprobs)
     ctx.save_for_backward(d_logprobs, mask)
@@ -119,13 +166,13 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, d_loss, d_stats, d_d_logprobs):
     d_logprobs, mask = ctx.saved_tensors
     d_entropy = -ctx.entropy_coef / ctx.num_tokens * d_loss * mask if ctx.entropy_needed else None
-    return d_loss * d_logprobs, None, None, None, d_entropy, None, None, None, None, None
+    return d_loss * d_logprobs, None, None, None, None, None, d_entropy, *([None] * 7)
 
 
 if library.LOADED:
 
     @torch.library.register_fake("aligner::policy_loss")
-    def _(logprobs, old_logprobs, advantages, mask, entropy, num_tokens, clip_low, clip_high, dual_clip, entropy_coef):
-        return logprobs.new_empty(()), logprobs.new_empty(6), logprobs.new_empty(logprobs.shape)
+    def _(logprobs, *_):
+        return logprobs.new_empty(()), logprobs.new_empty(8), logprobs.new_empty(logprobs.shape)
 
     torch.library.register_autograd("aligner::policy_loss", _backward, setup_context=_setup_context)

@@ -43,12 +43,12 @@ def whiten(x_N: Tensor, mask_N: Tensor, *, group: dist.ProcessGroup | None = Non
     x_N: (N,) float32, any unit.
     mask_N: (N,) bool. Tokens that take part; other entries of x_N may hold anything.
     group: ranks whose tokens are whitened together (data-parallel), or None for this process alone.
-    impl: "auto" | "reference" | "cpp".
+    impl: "auto" | "reference" | "cpp" | "cuda".
 
     Returns (N,) float32, dimensionless; all 0 when no token takes part. No gradient flows through it. Raises ValueError
     for impl, RuntimeError for shapes.
     """
-    if not library.use_cpp("whiten", impl, {"x": x_N}):
+    if not library.use_compiled("whiten", impl, {"x": x_N}):
         return whiten_reference(x_N, mask_N, group=group)
     moments = torch.ops.aligner.whiten_moments(x_N.detach(), mask_N)
     if group is not None:

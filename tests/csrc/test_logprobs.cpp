@@ -20,14 +20,15 @@ void two_words() {
   const float logits[] = {2, 2 + std::log(3.f)};
   const int64_t target = 1;
   float logprob, entropy, max, log_sum;
-  aligner::logprobs_cpu({logits, &target, &logprob, &entropy, &max, &log_sum, 1, 2, 2, 1.f, aligner::Dtype::float32});
+  aligner::logprobs_cpu(
+      {logits, &target, &logprob, &entropy, &max, &log_sum, 1, 2, 2, 0, 1.f, aligner::Dtype::float32});
   expect("logprob", logprob, std::log(0.75));
   expect("entropy", entropy, std::log(4.0) - 0.75 * std::log(3.0));
 
   const float one = 1;
   float d[2];
   aligner::logprobs_backward_cpu(
-      {logits, &target, &max, &log_sum, &entropy, &one, nullptr, d, 1, 2, 2, 2, 1.f, aligner::Dtype::float32});
+      {logits, &target, &max, &log_sum, &entropy, &one, nullptr, d, 1, 2, 2, 2, 0, 1.f, aligner::Dtype::float32});
   expect("d_logit 0", d[0], -0.25);
   expect("d_logit 1", d[1], 0.25);
 }

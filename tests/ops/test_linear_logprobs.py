@@ -55,7 +55,7 @@ def check(hidden, weight, targets, mask, g, temperature=1.0, epsilon=2e-5):
 
 
 @pytest.mark.parametrize("n,h,v", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kept", [None, 0.6, 0.0])
 def test_three_way(isa, n, h, v, dtype, kept):
     check(*case(n, h, v, dtype, kept))

@@ -4,6 +4,7 @@ from three_way import assert_three_way
 
 from aligner import ops
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(0, 5), (1, 1), (3, 7), (5, 16), (17, 1003), (2, 4113), (3, 49157)]
 
 
@@ -52,14 +53,14 @@ def check(logits, targets, g, temperature=1.0, epsilon=2e-6):
 
 
 @pytest.mark.parametrize("n,v", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_three_way(isa, n, v, dtype):
     check(*case(n, v, dtype))
 
 
 @pytest.mark.parametrize("kind", ["extreme", "peaked", "masked"])
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 7.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_hard_logits(isa, kind, temperature, dtype):
     check(*case(9, 1003, dtype, kind), temperature)
 
@@ -100,7 +101,7 @@ def test_strides(isa):
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_inplace_backward(isa, dtype):
     logits, targets, g = case(6, 50, dtype)
 
@@ -136,8 +137,21 @@ def test_errors():
         ops.logprobs(logits[0], targets)
     with pytest.raises(ValueError, match="temperature is 0"):
         ops.logprobs(logits, targets, temperature=0)
-    with pytest.raises(ValueError, match="logits is float16 on cpu, impl cpp takes float32 or bfloat16 on cpu"):
-        ops.logprobs(logits.half(), targets, impl="cpp")
+    with pytest.raises(ValueError, match="logits is float64 on cpu, impl cpp takes float32 or bfloat16 or float16 on"):
+        ops.logprobs(logits.double(), targets, impl="cpp")
+    with pytest.raises(ValueError, match="logits is float32 on cpu, impl cuda takes float32 or .* on cuda"):
+        ops.logprobs(logits, targets, impl="cuda")
+
+
+def test_every_half_number(isa):
+    # Through a row of two equal logits and back: the gradient of one is half of what goes in, rounded to half.
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    numbers = numbers[numbers.isfinite()]
+    logits, targets = torch.stack([numbers, numbers], 1).requires_grad_(), torch.zeros(len(numbers), dtype=torch.int64)
+    logprobs, _ = ops.logprobs(logits, targets, impl="cpp")
+    torch.testing.assert_close(logprobs, torch.full_like(logprobs, -0.6931471805599453))
+    (gradient,) = torch.autograd.grad((logprobs * numbers.float()).sum(), logits)
+    assert torch.equal(gradient[:, 0], (numbers.float() * 0.5).half())
 
 
 def test_opcheck_and_compile():

@@ -8,37 +8,59 @@ SETTINGS = [
     dict(clip_low=0.2, clip_high=0.2),
     dict(clip_low=0.1, clip_high=0.4, dual_clip=3.0, entropy_coef=0.02),
     dict(clip_low=0.0, clip_high=0.0, entropy_coef=-0.5),
+    dict(clip_low=0.2, clip_high=0.2, kl="k1", kl_coef=0.1),
+    dict(clip_low=0.2, clip_high=0.2, kl="k2", kl_coef=0.3),
+    dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, entropy_coef=0.02, kl="k3", kl_coef=0.2),
 ]
 
 
 def case(n, weights="bool", kept=0.7, spread=0.5):
     generator = torch.Generator().manual_seed(n)
-    random = [torch.randn(n, generator=generator) for _ in range(3)]
+    random = [torch.randn(n, generator=generator) for _ in range(4)]
     logprobs, old, advantages = -2 + spread * random[0], -2 + spread * random[1], random[2]
-    entropy = torch.rand(n, generator=generator)
+    entropy, importance = torch.rand(n, generator=generator), 2 * torch.rand(n, generator=generator)
+    reference = -2 + spread * random[3]
     mask = torch.rand(n, generator=generator) < kept
-    for x in (logprobs, old, advantages, entropy):
+    for x in (logprobs, old, advantages, entropy, importance, reference):
         x[~mask] = torch.nan
     if weights == "float":
         mask = mask * torch.rand(n, generator=generator)
-    return logprobs, old, advantages, mask, entropy
+    return logprobs, old, advantages, mask, entropy, importance, reference
 
 
 def textbook(
-    logprobs, old, advantages, mask, entropy, num_tokens, *, clip_low, clip_high, dual_clip=None, entropy_coef=0
+    logprobs,
+    old,
+    advantages,
+    mask,
+    num_tokens,
+    *,
+    entropy_N,
+    importance_N,
+    ref_logprobs_N,
+    clip_low,
+    clip_high,
+    dual_clip=None,
+    entropy_coef=0,
+    kl="k3",
+    kl_coef=0,
 ):
     """The formula on the tokens that count, through autograd's own max, min and clamp."""
     at = mask != 0
-    w, logp, a = mask[at].double(), logprobs[at], advantages[at].double()
+    w, logp, a, c = mask[at].double(), logprobs[at], advantages[at].double(), importance_N[at].double()
     d = logp - old[at].double()
+    x = logp - ref_logprobs_N[at].double()
     ratio, clamped = d.exp(), d.exp().clamp(1 - clip_low, 1 + clip_high)
     token = torch.maximum(-a * ratio, -a * clamped)
     active = -a * clamped > -a * ratio
     if dual_clip is not None:
         active = active | ((a < 0) & (-a * dual_clip < token))
         token = torch.where(a < 0, torch.minimum(token, -a * dual_clip), token)
-    means = [(w * x).sum() / num_tokens for x in (token, active.double(), d.exp() - 1 - d, ratio, clamped, entropy[at])]
-    return means[0] - entropy_coef * means[5], dict(zip(ops.policy_loss.__globals__["STATS"], means, strict=True))
+    estimate = {"k1": x, "k2": x * x / 2, "k3": (-x).exp() - 1 + x}[kl]
+    terms = (c * token, active.double(), d.exp() - 1 - d, ratio, clamped, entropy_N[at], estimate, c)
+    means = [(w * term).sum() / num_tokens for term in terms]
+    loss = means[0] - entropy_coef * means[5] + kl_coef * means[6]
+    return loss, dict(zip(ops.policy_loss.__globals__["STATS"], means, strict=True))
 
 
 def evaluate(function, logprobs, entropy, dtype):
@@ -55,14 +77,18 @@ def evaluate(function, logprobs, entropy, dtype):
 @pytest.mark.parametrize("weights", ["bool", "float"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_three_way(isa, n, weights, setting):
-    logprobs, old, advantages, mask, entropy = case(n, weights)
+    logprobs, old, advantages, mask, entropy, importance, reference = case(n, weights)
+    given = dict(importance_N=importance, ref_logprobs_N=reference, **setting)
     tokens = 0.5 * n + 1
 
     def call(impl):
-        return lambda lp, h: ops.policy_loss(lp, old, advantages, mask, tokens, entropy_N=h, impl=impl, **setting)
+        return lambda lp, h: ops.policy_loss(lp, old, advantages, mask, tokens, entropy_N=h, impl=impl, **given)
 
     truth = evaluate(
-        lambda lp, h: textbook(lp, old, advantages, mask, h, tokens, **setting), logprobs, entropy, torch.float64
+        lambda lp, h: textbook(lp, old, advantages, mask, tokens, entropy_N=h, **given),
+        logprobs,
+        entropy,
+        torch.float64,
     )
     eager = evaluate(call("reference"), logprobs, entropy, torch.float32)
     kernel = evaluate(call("cpp"), logprobs, entropy, torch.float32)
@@ -72,22 +98,14 @@ def test_three_way(isa, n, weights, setting):
 
 
 def test_reference_in_float64():
-    logprobs, old, advantages, mask, entropy = case(300)
+    logprobs, old, advantages, mask, entropy, importance, reference = case(300)
     for setting in SETTINGS:
-        truth = evaluate(
-            lambda lp, h, s=setting: textbook(lp, old, advantages, mask, h, 100.0, **s),
-            logprobs,
-            entropy,
-            torch.float64,
-        )
-        got = evaluate(
-            lambda lp, h, s=setting: ops.policy_loss(
-                lp, old.double(), advantages.double(), mask, 100.0, entropy_N=h, **s
-            ),
-            logprobs,
-            entropy,
-            torch.float64,
-        )
+        given = dict(importance_N=importance.double(), ref_logprobs_N=reference.double(), **setting)
+
+        def call(function, given=given):
+            return lambda lp, h: function(lp, old.double(), advantages.double(), mask, 100.0, entropy_N=h, **given)
+
+        truth, got = (evaluate(call(f), logprobs, entropy, torch.float64) for f in (textbook, ops.policy_loss))
         for name in truth:
             torch.testing.assert_close(got[name], truth[name], rtol=1e-12, atol=1e-12)
 
@@ -121,7 +139,7 @@ def test_small_kl_keeps_its_digits(isa):
 
 
 def test_micro_batches_add_up(isa):
-    logprobs, old, advantages, mask, _ = case(501)
+    logprobs, old, advantages, mask = case(501)[:4]
 
     def call(at):
         return ops.policy_loss(
@@ -135,14 +153,14 @@ def test_micro_batches_add_up(isa):
 
 
 def test_non_finite_input_shows(isa):
-    logprobs, old, advantages, mask, _ = case(40, kept=1.0)
+    logprobs, old, advantages, mask = case(40, kept=1.0)[:4]
     logprobs[3] = torch.nan
     loss, _ = ops.policy_loss(logprobs, old, advantages, mask, 1.0, clip_low=0.2, clip_high=0.2, impl="cpp")
     assert loss.isnan()
 
 
 def test_errors():
-    logprobs, old, advantages, mask, entropy = case(4)
+    logprobs, old, advantages, mask = case(4)[:4]
 
     def call(old=old, mask=mask, num_tokens=1.0, clip_low=0.2, clip_high=0.2, **more):
         return ops.policy_loss(
@@ -161,14 +179,18 @@ def test_errors():
         call(dual_clip=0.5)
     with pytest.raises(ValueError, match="entropy_N is None"):
         call(entropy_coef=0.1)
+    with pytest.raises(ValueError, match="ref_logprobs_N is None"):
+        call(kl_coef=0.1)
+    with pytest.raises(ValueError, match="kl is 'k4', expected k1, k2 or k3"):
+        call(kl="k4")
     with pytest.raises(ValueError, match="old_logprobs is float64"):
         call(old=old.double(), impl="cpp")
 
 
 def test_opcheck_and_compile():
-    logprobs, old, advantages, mask, entropy = case(19)
-    arguments = (logprobs.requires_grad_(), old, advantages, mask, entropy.requires_grad_(), 9.0, 0.2, 0.3, None, 0.1)
-    torch.library.opcheck(torch.ops.aligner.policy_loss.default, arguments)
+    logprobs, old, advantages, mask, entropy, importance, reference = case(19)
+    tensors = (logprobs.requires_grad_(), old, advantages, mask, importance, reference, entropy.requires_grad_())
+    torch.library.opcheck(torch.ops.aligner.policy_loss.default, (*tensors, 9.0, 0.2, 0.3, None, 0.1, 0.2, "k3"))
 
     def call(logprobs):
         loss, stats = ops.policy_loss(logprobs * 2, old, advantages, mask, 9.0, clip_low=0.2, clip_high=0.2)

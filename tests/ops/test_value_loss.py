@@ -18,15 +18,17 @@ def case(n, weights="bool", kept=0.7):
     return values, old, returns, mask
 
 
-def textbook(values, old, returns, mask, num_tokens, clip):
+def textbook(values, old, returns, mask, num_tokens, clip, huber=None):
     at = mask != 0
     w, v, old, target = mask[at].double(), values[at], old[at].double(), returns[at].double()
-    plain = (v - target).square()
-    clipped = plain if clip is None else (old + (v - old).clamp(-clip, clip) - target).square()
+    delta = 1e9 if huber is None else huber
+    rho = lambda error: torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)  # noqa: E731
+    plain = rho(v - target)
+    clipped = plain if clip is None else rho(old + (v - old).clamp(-clip, clip) - target)
     # In range the two are one number, but not to the last bit.
     outside = torch.zeros_like(plain, dtype=torch.bool) if clip is None else (v - old).abs() > clip
     active = outside & (clipped > plain)
-    token = 0.5 * torch.where(active, clipped, plain)
+    token = torch.where(active, clipped, plain)
     means = [(w * x).sum() / num_tokens for x in (token, active.double(), v, target)]
     return means[0], dict(zip(STATS, means, strict=True))
 
@@ -41,13 +43,14 @@ def evaluate(function, values, dtype):
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 1003, 20011])
 @pytest.mark.parametrize("weights", ["bool", "float"])
 @pytest.mark.parametrize("clip", [None, 0.2, 0.0])
-def test_three_way(isa, n, weights, clip):
+@pytest.mark.parametrize("huber", [None, 0.7])
+def test_three_way(isa, n, weights, clip, huber):
     values, old, returns, mask = case(n, weights)
     tokens = 0.5 * n + 1
-    truth = evaluate(lambda v: textbook(v, old, returns, mask, tokens, clip), values, torch.float64)
+    truth = evaluate(lambda v: textbook(v, old, returns, mask, tokens, clip, huber), values, torch.float64)
     eager, kernel = (
         evaluate(
-            lambda v, impl=impl: ops.value_loss(v, old, returns, mask, tokens, clip=clip, impl=impl),
+            lambda v, impl=impl: ops.value_loss(v, old, returns, mask, tokens, clip=clip, huber=huber, impl=impl),
             values,
             torch.float32,
         )
@@ -90,6 +93,8 @@ def test_errors():
         ops.value_loss(values, old, returns[:2], mask, 1.0, clip=None)
     with pytest.raises(ValueError, match="clip is -1"):
         ops.value_loss(values, old, returns, mask, 1.0, clip=-1)
+    with pytest.raises(ValueError, match="huber is 0, expected > 0"):
+        ops.value_loss(values, old, returns, mask, 1.0, clip=None, huber=0)
     with pytest.raises(ValueError, match="num_tokens is -2"):
         ops.value_loss(values, old, returns, mask, -2, clip=None)
     with pytest.raises(ValueError, match="values is bfloat16"):
@@ -99,8 +104,8 @@ def test_errors():
 def test_opcheck_and_compile():
     values, old, returns, mask = case(19)
     values.requires_grad_()
-    torch.library.opcheck(torch.ops.aligner.value_loss.default, (values, old, returns, mask, 9.0, 0.2))
-    torch.library.opcheck(torch.ops.aligner.value_loss.default, (values, old, returns, mask.float(), 9.0, None))
+    torch.library.opcheck(torch.ops.aligner.value_loss.default, (values, old, returns, mask, 9.0, 0.2, None))
+    torch.library.opcheck(torch.ops.aligner.value_loss.default, (values, old, returns, mask.float(), 9.0, None, 0.5))
 
     def call(values):
         return ops.value_loss(values * 2, old, returns, mask, 9.0, clip=0.2)[0]

@@ -3,7 +3,7 @@
 import torch
 
 # Half a unit in the last place of each dtype: what merely storing a result may cost.
-ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 
 def assert_three_way(truth, eager, kernel, *, epsilon: float, what: str = "") -> None:

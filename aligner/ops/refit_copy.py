@@ -1,0 +1,70 @@
+"""Many strided, casting copies in one call."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aligner.ops import library
+from aligner.ops.logprobs import DTYPES
+
+
+def refit_copy_reference(
+    sources: Sequence[Tensor],
+    destinations: Sequence[Tensor],
+    *,
+    add_one: Sequence[bool] | None = None,
+    checksum: bool = False,
+) -> Tensor:
+    """`refit_copy` in plain PyTorch: any device, any float dtype of 2 or 4 bytes."""
+    sums = []
+    for source, destination, one in zip(sources, destinations, add_one or [False] * len(sources), strict=True):
+        destination.copy_(source.float() + 1 if one else source)
+        if checksum:
+            stored = destination.contiguous().flatten()
+            small = stored.element_size() == 2
+            bits = stored.view(torch.int16 if small else torch.int32).long() & (0xFFFF if small else 0xFFFFFFFF)
+            sums.append((bits * ((2 * torch.arange(len(bits), device=bits.device) + 1) & 0xFFFFFFFF)).sum())
+    return torch.stack(sums) if sums else sources[0].new_zeros(0, dtype=torch.int64)
+
+
+@torch.no_grad()
+def refit_copy(
+    sources: Sequence[Tensor],
+    destinations: Sequence[Tensor],
+    *,
+    add_one: Sequence[bool] | None = None,
+    checksum: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Copy every source into its destination, in place, casting on the way.
+
+        destination[r, c] = cast(source[r, c])    or, where add_one, cast(float32(source[r, c]) + 1)
+        checksum = sum over elements e in row order of bits_e * ((2 e + 1) mod 2^32), mod 2^64, bits as stored
+
+    Source: IEEE 754-2019, section 4.3.1: casts round to nearest, ties to even.
+
+    sources: float32, bfloat16 or float16 vectors, or matrices whose rows are any distance apart.
+    destinations: the same shapes, any of the dtypes. No two may overlap.
+    add_one: one per copy, for norms that one side stores centred at zero; None for none.
+    checksum: whether to sum up what was written.
+    impl: "auto" | "reference" | "cpp" | "cuda".
+
+    Returns the checksums, (number of copies,) int64, or (0,) without. Raises ValueError for dtypes and devices,
+    RuntimeError for shapes and strides, before anything is written.
+    """
+    if not sources or len(sources) != len(destinations):
+        raise ValueError(f"refit_copy: got {len(sources)} sources, {len(destinations)} destinations, expected as many.")
+    tensors = {f"sources[{i}]": t for i, t in enumerate(sources)}
+    tensors |= {f"destinations[{i}]": t for i, t in enumerate(destinations)}
+    if not library.use_compiled("refit_copy", impl, tensors, DTYPES):
+        return refit_copy_reference(sources, destinations, add_one=add_one, checksum=checksum)
+    ones = list(add_one) if add_one is not None else [False] * len(sources)
+    return torch.ops.aligner.refit_copy(list(sources), list(destinations), ones, checksum)
+
+
+if library.LOADED:
+
+    @torch.library.register_fake("aligner::refit_copy")
+    def _(sources, destinations, add_one, checksum):
+        return sources[0].new_empty(len(sources) if checksum else 0, dtype=torch.int64)

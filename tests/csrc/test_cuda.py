@@ -1,0 +1,141 @@
+"""The CUDA kernels, compiled for the processor (cuda_on_cpu.h): they equal their CPU twins in any schedule, race
+nowhere, move no more memory than they must, and the tests that say so catch seeded bugs. Needs CUDA's headers only."""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from cuda_seeded_bugs import RACES, WRONG_NUMBERS
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+OPS = sorted(path.stem for path in CSRC.glob("*.cu"))
+NVCC = shutil.which("nvcc")
+PLACES = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))]
+if NVCC:
+    PLACES.append(Path(NVCC).resolve().parents[1])
+CUDA_INCLUDE = next((p / "include" for p in PLACES if (p / "include/cuda_fp16.h").exists()), None)
+
+pytestmark = pytest.mark.skipif(CUDA_INCLUDE is None, reason=f"no CUDA headers (cuda_fp16.h) in {PLACES}")
+
+COMPILE = ["g++", "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas", "-Werror"]
+COMPILE += ["-fopenmp", "-DALIGNER_ISA=portable", "-DALIGNER_CUDA_ON_CPU", "-c"]
+SANITIZER = {
+    "none": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+def run(command: list, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
+
+
+def compile_object(source: Path, target: Path, csrc: Path = CSRC, flags: tuple[str, ...] | list[str] = ()) -> Path:
+    language = ["-x", "c++"] if source.suffix == ".cu" else []
+    includes = ["-I", HERE, "-I", csrc, "-isystem", CUDA_INCLUDE, "-isystem", CUDA_INCLUDE / "cccl"]
+    done = run([*COMPILE, *flags, *includes, *language, source, "-o", target])
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def link(objects: list[Path], sanitizer: str, target: Path) -> Path:
+    done = run(["g++", "-fopenmp", *SANITIZER[sanitizer], *objects, "-o", target])
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def execute(driver: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """On one thread and at fixed addresses: the thread sanitizer knows neither OpenMP nor random addresses."""
+    fixed = [shutil.which("setarch"), "-R"] if shutil.which("setarch") else []
+    return run([*fixed, driver, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory) -> dict[str, Path]:
+    """Everything that is compiled once: the drivers' parts by name, kernels as `<op>.<sanitizer>`."""
+    folder = tmp_path_factory.mktemp("cuda")
+    jobs = {name: (HERE / f"{name}.cpp", ()) for name in ("cuda_on_cpu", "cuda_driver")}
+    for op in OPS:
+        jobs[f"cuda_{op}"] = (HERE / f"cuda_{op}.cpp", ())
+        jobs[f"{op}_cpu"] = (CSRC / f"{op}_cpu.cpp", ())
+        for sanitizer in ("address", "thread"):
+            jobs[f"{op}.{sanitizer}"] = (CSRC / f"{op}.cu", SANITIZER[sanitizer])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {n: pool.submit(compile_object, s, folder / f"{n}.o", CSRC, f) for n, (s, f) in jobs.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+
+@pytest.fixture(scope="session")
+def drivers(objects, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("drivers")
+    common = [path for name, path in objects.items() if "." not in name]
+    return {s: link(common + [objects[f"{op}.{s}"] for op in OPS], s, folder / s) for s in ("address", "thread")}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernel_equals_its_cpu_twin_in_any_schedule(drivers, op):
+    done = execute(drivers["address"], "compare", op, "0", "6")
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_data_race(drivers, op):
+    done = execute(drivers["thread"], "compare", op, "2", "1")
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+
+
+def run_with_bug(objects, folder: Path, bug: tuple[str, str, str, str], sanitizer: str) -> subprocess.CompletedProcess:
+    op, file, text, replacement = bug
+    for path in [*CSRC.glob("*.cu*"), *CSRC.glob("*.h")]:
+        shutil.copy(path, folder)
+    source = (CSRC / file).read_text()
+    assert source.count(text) == 1, f"{file} has {source.count(text)} times {text!r}"
+    (folder / file).write_text(source.replace(text, replacement))
+    flags = [*SANITIZER[sanitizer], "-Wno-error"]
+    kernel = compile_object(folder / f"{op}.cu", folder / "kernel.o", folder, flags)
+    parts = [objects[name] for name in ("cuda_on_cpu", "cuda_driver", f"cuda_{op}", f"{op}_cpu")]
+    return execute(link([*parts, kernel], sanitizer, folder / "driver"), "compare", op, "2", "3")
+
+
+@pytest.mark.parametrize("bug", WRONG_NUMBERS)
+def test_wrong_numbers_are_caught(objects, tmp_path, bug):
+    done = run_with_bug(objects, tmp_path, WRONG_NUMBERS[bug], "none")
+    assert done.returncode == 1 or done.returncode < 0, done.stderr  # a difference, or stopped by a signal
+
+
+@pytest.mark.parametrize("bug", RACES)
+def test_races_are_caught(objects, tmp_path, bug):
+    done = run_with_bug(objects, tmp_path, RACES[bug], "thread")
+    assert "data race" in done.stderr
+
+
+def test_every_kernel_file_has_a_seeded_bug():
+    files = {file for _, file, _, _ in [*WRONG_NUMBERS.values(), *RACES.values()]}
+    assert {f"{op}.cu" for op in OPS} <= files
+
+
+def test_memory_traffic_is_near_the_minimum(drivers):
+    rows = ["kernel | launches | bytes moved | minimum | ratio"]
+    worst = 0.0
+    for op in sorted(set(OPS) - {"group_advantages"}):  # a few thousand responses: latency counts, not memory
+        done = execute(drivers["address"], "large", op)
+        assert done.returncode == 0, done.stdout + done.stderr[:4000]
+        minimum: dict[str, int] = {}
+        for kernel, read, written in re.findall(r"^minimum (\S+) (\d+) (\d+)$", done.stdout, re.M):
+            minimum[kernel] = minimum.get(kernel, 0) + int(read) + int(written)
+        moved = re.findall(r"^moved (\S+) (\d+) (\d+) (\d+)$", done.stdout, re.M)
+        assert minimum.keys() <= {kernel for kernel, *_ in moved}
+        for kernel, launches, read, written in moved:
+            total = int(read) + int(written)
+            if kernel not in minimum:
+                rows.append(f"{kernel} | {launches} | {total} | |")
+                continue
+            worst = max(worst, total / minimum[kernel])
+            rows.append(f"{kernel} | {launches} | {total} | {minimum[kernel]} | {total / minimum[kernel]:.3f}")
+    print("\n".join(rows))
+    assert worst <= 1.05, "\n".join(rows)

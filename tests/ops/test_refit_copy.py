@@ -1,0 +1,100 @@
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from aligner import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def bits(t):
+    return t.contiguous().view(torch.int16 if t.element_size() == 2 else torch.int32)
+
+
+def numbers(*shape, dtype=torch.float32, seed=0):
+    """All kinds of floats: denormal, huge, signed zero, infinite; NaN apart, whose payload a cast may change."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=generator) * 10 ** (10 * torch.randn(*shape, generator=generator))
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 65504.0, 65520.0, 6e-8, 3e-8, 2.9e-8, 1.0009765625])
+    at = torch.rand(*shape, generator=generator) < 0.3
+    x[at] = special[torch.randint(0, len(special), (int(at.sum()),), generator=generator)]
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("destination", DTYPES)
+@pytest.mark.parametrize("one", [False, True])
+def test_every_cast_bit_for_bit(isa, source, destination, one):
+    # Vectors, whole matrices, rows of wider ones on either side, more than a tile, nothing at all.
+    shapes = [(0,), (1,), (7,), (33,), (5, 0), (3, 17), (4, 40000), (70000,), (300, 130)]
+    sources, destinations, wants = [], [], []
+    for i, shape in enumerate(shapes):
+        x = numbers(*shape, dtype=source, seed=i)
+        wide = torch.full((*shape[:-1], shape[-1] + 3), 9.0, dtype=source)
+        wide[..., : shape[-1]] = x
+        into = torch.full((*shape[:-1], shape[-1] + 5), -7.0, dtype=destination)
+        pairs = [(x, torch.empty(shape, dtype=destination)), (wide[..., : shape[-1]], into[..., : shape[-1]])]
+        for a, b in pairs:
+            sources.append(a)
+            destinations.append(b)
+            wants.append((x.float() + 1 if one else x).to(destination))
+        untouched = into[..., shape[-1] :]
+    sums = ops.refit_copy(sources, destinations, add_one=[one] * len(sources), checksum=True, impl="cpp")
+    for got, want in zip(destinations, wants, strict=True):
+        assert torch.equal(bits(got), bits(want))
+    assert (untouched == -7).all()
+    again = [torch.empty_like(w) for w in wants]
+    expected = ops.refit_copy(sources, again, add_one=[one] * len(sources), checksum=True, impl="reference")
+    assert torch.equal(sums, expected)
+    assert all(torch.equal(bits(a), bits(w)) for a, w in zip(again, wants, strict=True))
+
+
+def test_nan_stays_nan(isa):
+    for source in DTYPES:
+        for destination in DTYPES:
+            into = torch.zeros(40, dtype=destination)
+            ops.refit_copy([torch.full((40,), torch.nan, dtype=source)], [into], impl="cpp")
+            assert into.isnan().all()
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70)), min_size=1, max_size=12), st.randoms())
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_any_table(shapes, random):
+    sources = [numbers(r, c, dtype=random.choice(DTYPES), seed=r * c) for r, c in shapes]
+    destinations = [torch.empty(r, c, dtype=random.choice(DTYPES)) for r, c in shapes]
+    ops.refit_copy(sources, destinations, impl="cpp")
+    for s, d in zip(sources, destinations, strict=True):
+        assert torch.equal(bits(d), bits(s.to(d.dtype)))
+
+
+def test_checksum_sees_what_changes(isa):
+    x = torch.randn(50, 30)
+    swapped = x.clone()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    flipped = x.clone()
+    flipped[7, 7] *= -1
+    into = [torch.empty_like(x) for _ in range(4)]
+    sums = ops.refit_copy([x, x, swapped, flipped], into, checksum=True, impl="cpp")
+    assert sums[0] == sums[1]
+    assert len(set(sums.tolist())) == 3
+
+
+def test_errors():
+    x, y = torch.randn(4, 6), torch.zeros(4, 6)
+    with pytest.raises(RuntimeError, match=r"sources\[0\] is CPU Float of shape \[4, 6\], destinations.*one shape"):
+        ops.refit_copy([x], [y[:, :5]])
+    with pytest.raises(RuntimeError, match=r"destinations\[1\] must have unit stride along its rows, got 4"):
+        ops.refit_copy([x, x], [y, torch.zeros(6, 4).T])
+    assert (y == 0).all()  # a table with a mistake writes nothing
+    with pytest.raises(RuntimeError, match=r"sources\[0\] must be a vector or a matrix on CPU"):
+        ops.refit_copy([x[None]], [y[None]])
+    with pytest.raises(ValueError, match="got 1 sources, 2 destinations"):
+        ops.refit_copy([x], [y, y])
+    with pytest.raises(ValueError, match=r"destinations\[0\] is int64 on cpu, impl cpp takes"):
+        ops.refit_copy([x], [y.long()], impl="cpp")
+
+
+def test_opcheck():
+    x, y = torch.randn(4, 6), torch.zeros(4, 6)
+    torch.library.opcheck(torch.ops.aligner.refit_copy.default, ([x, x[0]], [y, torch.zeros(6)], [False, True], True))
