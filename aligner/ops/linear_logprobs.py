@@ -212,7 +212,8 @@ _STATISTICS = "Tensor max, Tensor log_sum, Tensor entropy, Tensor? d_logprobs, T
 def _triton(*arguments):
     from aligner_kernels import linear_logprobs
 
-    return linear_logprobs.linear_logprobs(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return linear_logprobs.linear_logprobs(*arguments)
 
 
 @torch.library.custom_op(
@@ -223,7 +224,8 @@ def _triton(*arguments):
 def _triton_backward(*arguments):
     from aligner_kernels import linear_logprobs
 
-    return linear_logprobs.linear_logprobs_backward(*arguments)
+    with torch.cuda.device_of(arguments[0]):
+        return linear_logprobs.linear_logprobs_backward(*arguments)
 
 
 def _register(name: str, *, triton: bool) -> None:

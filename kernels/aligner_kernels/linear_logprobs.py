@@ -157,7 +157,7 @@ def d_tile(x, first, target, maximum, log_sum, entropy, g, g_entropy, inverse_te
     return inverse_temperature * d
 
 
-@triton.jit(do_not_specialize=["active", "count"])
+@triton.jit(do_not_specialize=["active", "count", "chunk_start"])
 def linear_logprobs_d_logits(
     hidden,  # [A, H]
     weight,  # [count, H], a chunk of the vocabulary
@@ -304,15 +304,14 @@ def linear_logprobs(
     shares = triton.cdiv(vocabulary, columns)
     partial = hidden.new_empty((4, shares, active), dtype=torch.float32)
     sizes = (vocabulary, width, hidden.stride(0), weight.stride(0), vocab_start, columns)
-    with torch.cuda.device_of(hidden):
-        linear_logprobs_statistics[blocks, shares](
-            *(hidden, weight, rows, targets, partial, active, *sizes, 1 / temperature),
-            **tile.options("BLOCK_A", "BLOCK_V", "BLOCK_H"),
-        )
-        linear_logprobs_merge[(triton.cdiv(active, 128),)](
-            *(partial, rows, targets, *outputs, active, shares, vocabulary, vocab_start, 1 / temperature),
-            BLOCK_A=128,
-        )
+    linear_logprobs_statistics[blocks, shares](
+        *(hidden, weight, rows, targets, partial, active, *sizes, 1 / temperature),
+        **tile.options("BLOCK_A", "BLOCK_V", "BLOCK_H"),
+    )
+    linear_logprobs_merge[(triton.cdiv(active, 128),)](
+        *(partial, rows, targets, *outputs, active, shares, vocabulary, vocab_start, 1 / temperature),
+        BLOCK_A=128,
+    )
     return tuple(outputs)
 
 
@@ -356,25 +355,24 @@ def linear_logprobs_backward(
     def grid(rows: int, columns: int) -> tuple[int]:
         return (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
 
-    with torch.cuda.device_of(hidden):
-        for start in range(0, vocabulary, columns):
-            chunk = weight[start : start + columns]
-            count, hidden_stride, weight_stride = len(chunk), hidden.stride(0), chunk.stride(0)
-            linear_logprobs_d_logits[grid(active, count)](
-                *(hidden, chunk, *of_row, d_logits, active, count, width, hidden_stride, weight_stride, columns),
-                *(vocab_start + start, 1 / temperature),
-                **tile.options("BLOCK_A", "BLOCK_V", "BLOCK_H"),
+    for start in range(0, vocabulary, columns):
+        chunk = weight[start : start + columns]
+        count, hidden_stride, weight_stride = len(chunk), hidden.stride(0), chunk.stride(0)
+        linear_logprobs_d_logits[grid(active, count)](
+            *(hidden, chunk, *of_row, d_logits, active, count, width, hidden_stride, weight_stride, columns),
+            *(vocab_start + start, 1 / temperature),
+            **tile.options("BLOCK_A", "BLOCK_V", "BLOCK_H"),
+        )
+        if need_weight:
+            linear_logprobs_d_weight[grid(count, width)](
+                *(d_logits, hidden, d_weight[start:], active, count, width, hidden_stride, columns),
+                **tile.options("BLOCK_V", "BLOCK_H", "BLOCK_A"),
             )
-            if need_weight:
-                linear_logprobs_d_weight[grid(count, width)](
-                    *(d_logits, hidden, d_weight[start:], active, count, width, hidden_stride, columns),
-                    **tile.options("BLOCK_V", "BLOCK_H", "BLOCK_A"),
-                )
-            if need_hidden:
-                linear_logprobs_d_hidden[grid(active, width)](
-                    *(d_logits, chunk, total, active, count, width, weight_stride, columns),
-                    **tile.options("BLOCK_A", "BLOCK_H", "BLOCK_V"),
-                )
+        if need_hidden:
+            linear_logprobs_d_hidden[grid(active, width)](
+                *(d_logits, chunk, total, active, count, width, weight_stride, columns),
+                **tile.options("BLOCK_A", "BLOCK_H", "BLOCK_V"),
+            )
     if need_hidden:
         d_hidden.index_copy_(0, rows, total.to(hidden.dtype))
     return d_hidden, d_weight

@@ -3,6 +3,7 @@
 import os
 
 import torch
+import torch._dynamo  # a custom operator imports it; were that after init_process_group, it would keep the group alive
 import torch.distributed as dist
 import torch.multiprocessing as mp
 

@@ -7,6 +7,8 @@ from aligner_kernels import linear_logprobs as kernels
 from aligner_kernels import tiles
 from test_linear_logprobs import case, evaluate, textbook
 from three_way import assert_three_way
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligner import ops
 
@@ -168,6 +170,21 @@ def test_targets_out_of_range():
     with pytest.raises(RuntimeError, match=r"linear_logprobs: targets must be in \[0, 9\)"):
         call("triton", torch.full((4,), -100))(hidden, weight)
     call("triton", torch.tensor([1, -100, 2, 3]), torch.tensor([True, False, True, True]))(hidden, weight)
+
+
+def test_auto_on_cuda():
+    # Fake tensors say which operators would run, on a machine without CUDA too.
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            ran.append(str(operator))
+            return operator(*arguments, **(options or {}))
+
+    ran = []
+    with FakeTensorMode(), Record(), torch.no_grad():
+        hidden, weight = (torch.empty(n, 8, dtype=torch.bfloat16, device="cuda") for n in (4, 9))
+        logprobs, _ = ops.linear_logprobs(hidden, weight, torch.empty(4, dtype=torch.int64, device="cuda"))
+    assert logprobs.is_cuda and logprobs.shape == (4,)
+    assert "aligner.linear_logprobs_triton.default" in ran
 
 
 def test_opcheck_and_compile():
