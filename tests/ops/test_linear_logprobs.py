@@ -57,22 +57,22 @@ def check(hidden, weight, targets, mask, g, temperature=1.0, epsilon=2e-5):
 @pytest.mark.parametrize("n,h,v", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kept", [None, 0.6, 0.0])
-def test_three_way(isa, n, h, v, dtype, kept):
+def test_three_way(cpu_isa, n, h, v, dtype, kept):
     check(*case(n, h, v, dtype, kept))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 7.0])
-def test_temperature(isa, temperature):
+def test_temperature(cpu_isa, temperature):
     check(*case(50, 33, 600), temperature)
 
 
-def test_extreme_logits(isa):
+def test_extreme_logits(cpu_isa):
     # Logits around +-1e4: their own rounding, 1e-3, is what eager and kernel share.
     check(*case(31, 33, 600, scale=1e3), epsilon=1e-2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads(isa, threads):
+def test_threads(cpu_isa, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -84,7 +84,7 @@ def test_threads(isa, threads):
 
 @pytest.mark.parametrize("part", [0, 1])
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
-def test_only_what_is_asked_for(isa, part, frozen):
+def test_only_what_is_asked_for(cpu_isa, part, frozen):
     hidden, weight, targets, _, g = case(50, 33, 600)
     wanted = {"hidden": weight, "weight": hidden}[frozen].requires_grad_()
     got = torch.autograd.grad((ops.linear_logprobs(hidden, weight, targets, impl="cpp")[part] * g[part]).sum(), wanted)
@@ -92,7 +92,7 @@ def test_only_what_is_asked_for(isa, part, frozen):
     torch.testing.assert_close(got[0], truth[0], rtol=1e-4, atol=1e-5)
 
 
-def test_no_upstream_gradient_costs_nothing(isa):
+def test_no_upstream_gradient_costs_nothing(cpu_isa):
     # A row whose loss is clipped: no gradient, and nothing of it reaches the weight.
     hidden, weight, targets, _, g = case(20, 33, 100)
     g[:, 5:] = 0
@@ -102,7 +102,7 @@ def test_no_upstream_gradient_costs_nothing(isa):
     torch.testing.assert_close(got["d_hidden"], want["d_hidden"])
 
 
-def test_strides(isa):
+def test_strides(cpu_isa):
     hidden, weight, targets, mask, g = case(20, 33, 100)
     want = evaluate(lambda h, w: ops.linear_logprobs(h, w, targets, impl="cpp"), hidden, weight, g)
     wide_hidden, wide_weight = torch.full((20, 50), torch.nan), torch.full((100, 41), torch.nan)
@@ -112,7 +112,7 @@ def test_strides(isa):
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_same_result_every_time(isa):
+def test_same_result_every_time(cpu_isa):
     hidden, weight, targets, mask, g = case(133, 67, 1003)
     first, second = (
         evaluate(lambda h, w: ops.linear_logprobs(h, w, targets, impl="cpp"), hidden, weight, g) for _ in range(2)
