@@ -1,14 +1,17 @@
-"""csrc stands alone: it builds and runs without torch and without Python."""
+"""csrc stands alone: it builds and runs without torch and without Python, and its memory accesses are in bounds."""
 
 import pathlib
 import subprocess
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_csrc_builds_and_passes(tmp_path):
+@pytest.mark.parametrize("sanitize", ["OFF", "ON"])
+def test_csrc_builds_and_passes(tmp_path, sanitize):
     for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DALIGNER_TESTS=ON"],
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DALIGNER_TESTS=ON", f"-DALIGNER_SANITIZE={sanitize}"],
         ["cmake", "--build", str(tmp_path), "-j", "2"],
         ["ctest", "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error"],
     ):
