@@ -23,7 +23,7 @@ ppo: setup
 test: setup
 	$(BIN)/python -m pytest tests
 
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp tests/csrc/*.h tests/csrc/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,15 +17,4 @@ __device__ __forceinline__ float keep(float weight, float x) { return weight != 
 __device__ __forceinline__ float larger(float a, float b) { return a > b ? a : b; }
 __device__ __forceinline__ float smaller(float a, float b) { return a < b ? a : b; }
 
-// e^d - 1 - d without the cancellation near 0 that e^d alone would bring.
-__device__ __forceinline__ float k3(float d, float ratio) {
-  float series = 1.f / 5040;
-  series = series * d + 1.f / 720;
-  series = series * d + 1.f / 120;
-  series = series * d + 1.f / 24;
-  series = series * d + 1.f / 6;
-  series = series * d + 0.5f;
-  return fabsf(d) < 0.25f ? series * d * d : ratio - 1.f - d;
-}
-
 }  // namespace aligner

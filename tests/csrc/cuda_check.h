@@ -15,6 +15,8 @@
 #include "cuda_workspace.h"
 #include "dtype.h"
 
+extern "C" void aligner_emulation_set_seed(uint64_t seed);  // of the schedule
+
 namespace check {
 
 // Exactly `count` elements, so that the address sanitizer sees the first one beyond, on the boundary that cudaMalloc

@@ -5,7 +5,6 @@
 
 #include "cuda_check.h"
 
-extern "C" void aligner_emulation_set_seed(uint64_t seed);
 extern "C" const char* aligner_emulation_traffic(int index, uint64_t* launches, uint64_t* load_sectors,
                                                  uint64_t* store_sectors);
 

@@ -50,6 +50,12 @@ void compare_one(Random& random, int64_t N, double share, const Options& options
   expect_close("d_logprobs", d, want_d, 2e-6, 1e-7 / (N + 1.0));
   expect_close("loss", loss, want_loss, 2e-6, 2e-7);
   expect_close("stats", stats, want_stats, 2e-6, 2e-7);
+
+  const Array<float> again_loss(1), again_stats(8);
+  aligner_emulation_set_seed(random.below(1000));
+  run(aligner_policy_loss_cuda, params(d, again_loss, again_stats));
+  expect_close("loss in another schedule", again_loss, loss, 0, 0);
+  expect_close("stats in another schedule", again_stats, stats, 0, 0);
 }
 
 void compare(Random& random) {

@@ -167,7 +167,7 @@ def test_emulator_sees_races(objects, tmp_path):
 
 def test_memory_traffic_is_near_the_minimum(drivers):
     rows = ["kernel | launches | bytes moved | minimum | ratio"]
-    worst = 0.0
+    ratios = []
     for op in sorted(set(OPS) - {"group_advantages"}):  # a few thousand responses: latency counts, not memory
         done = execute(drivers["address"], "large", op)
         assert done.returncode == 0, done.stdout + done.stderr[:4000]
@@ -181,7 +181,8 @@ def test_memory_traffic_is_near_the_minimum(drivers):
             if kernel not in minimum:
                 rows.append(f"{kernel} | {launches} | {total} | |")
                 continue
-            worst = max(worst, total / minimum[kernel])
-            rows.append(f"{kernel} | {launches} | {total} | {minimum[kernel]} | {total / minimum[kernel]:.3f}")
+            ratios.append(total / minimum[kernel])
+            rows.append(f"{kernel} | {launches} | {total} | {minimum[kernel]} | {ratios[-1]:.3f}")
     print("\n".join(rows))
-    assert worst <= 1.05, "\n".join(rows)
+    # Below 1 an access would be missing in the count: not made through load() or store().
+    assert min(ratios) >= 1 and max(ratios) <= 1.05, "\n".join(rows)
