@@ -17,7 +17,7 @@ struct LinearLogprobsParams {
   const int64_t* targets;     // [N] row of weight, outside [0, V) when it is in another shard
   float* logprobs;            // [N] out at `rows`, nats; 0 where the target is in another shard
   float* entropy;             // [N] out at `rows`, nats
-  float* max;                 // [N] out at `rows`, a logit that none exceeds by more than 6 T (T the temperature)
+  float* max;                 // [N] out at `rows`, largest logit (not divided by the temperature)
   float* log_sum;             // [N] out at `rows`, log sum_v e^{(logit_v - max) / temperature}, nats
   int64_t active;             // A
   int64_t vocabulary, width;  // V, H

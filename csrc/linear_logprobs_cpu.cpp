@@ -72,7 +72,8 @@ static void forward_thread(const LinearLogprobsParams& p, const Rows& hidden, Pa
   }
 }
 
-static void merge(const LinearLogprobsParams& p, const Partial* partials, int64_t parts) {
+static void merge(const LinearLogprobsParams& p, Partial* partials, int64_t parts) {
+  for (int64_t i = 0; i < parts * p.active; ++i) finish_row(partials[i].stats, p.inverse_temperature);
   for (int64_t a = 0; a < p.active; ++a) {
     RowStats s = partials[a].stats;
     float target_logit = partials[a].target_logit;

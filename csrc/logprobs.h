@@ -14,7 +14,7 @@ struct LogprobsParams {
   const int64_t* targets;     // [N] token id; in column id - vocab_start, outside [0, V) when it is in another shard
   float* logprobs;            // [N] out, nats; 0 where the target is in another shard
   float* entropy;             // [N] out, nats
-  float* max;                 // [N] out, a logit that none exceeds by more than 6 T (not divided by the temperature T)
+  float* max;                 // [N] out, largest logit (not divided by the temperature)
   float* log_sum;             // [N] out, log sum_j e^{(logit_j - max) / temperature}, nats
   int64_t rows, columns;      // N, V
   int64_t row_stride;         // elements between rows

@@ -14,6 +14,7 @@ static void forward_rows(const LogprobsParams& p, int64_t begin, int64_t end) {
     for (int64_t v = 0; v < p.columns; v += BLOCK) {
       update_row<D>(s, x + v, smaller(BLOCK, p.columns - v), p.inverse_temperature);
     }
+    finish_row(s, p.inverse_temperature);
     const double log_sum = ::log(s.sum);
     const int64_t t = p.targets[n] - p.vocab_start;
     const bool here = t >= 0 && t < p.columns;

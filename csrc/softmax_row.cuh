@@ -8,6 +8,7 @@ namespace aligner {
 
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr double LN2 = 0.6931471805599453;
+constexpr float LOWEST = -127.f;  // a logarithm in base 2 whose power counts as 0: times 0 it is 0, unlike -infinity
 
 // A row of `columns` elements as the threads of a block read it: single ones up to the first 16-byte boundary, vectors,
 // single ones again.
@@ -35,25 +36,22 @@ struct RowStats {
   double sum, weighted;
 };
 
-// One thread's share of a row, in base 2: sum = sum 2^y, weighted = sum 2^y y, y = (x - max) * k. A power is exactly 0
-// where y is below float range, so that y = -inf does no harm.
+// One thread's share of a row, in base 2: sum = sum 2^y, weighted = sum 2^y y, y = (x - max) * k.
 struct OnlineSoftmax {
   float k;  // inverse_temperature * LOG2E
   float max = -INFINITY, sum = 0.f, weighted = 0.f;
 
   __device__ explicit OnlineSoftmax(float k) : k(k) {}
   __device__ void raise_max(float larger) {
-    const float y = (max - larger) * k, scale = y > -126.f ? exp2f(y) : 0.f;
+    const float y = (max - larger) * k, scale = exp2_or_zero(y);
     weighted = scale > 0.f ? scale * (weighted + sum * y) : 0.f;
     sum *= scale;
     max = larger;
   }
   __device__ void add(float x) {
-    const float y = (x - (max == -INFINITY ? 0.f : max)) * k;
-    const bool underflow = y <= -126.f;
-    const float e = underflow ? 0.f : exp2f(y);
-    sum += e;
-    weighted += underflow ? 0.f : e * y;
+    const float y = (x - (max == -INFINITY ? 0.f : max)) * k, power = exp2_or_zero(y);
+    sum += power;
+    weighted += power * fmaxf(y, LOWEST);
   }
   template <int COUNT>
   __device__ void add(const float (&x)[COUNT]) {
@@ -106,11 +104,9 @@ struct RowGradient {
 
   // ((j == target) d_logprob - p_j (d_logprob + d_entropy (log p_j + H))) / temperature for element j, which is x.
   __device__ __forceinline__ float operator()(int64_t j, float x) const {
-    const float log_p = (x - max) * inverse_temperature - log_sum, y = log_p * LOG2E;
-    const bool underflow = y <= -126.f;
-    const float p = underflow ? 0.f : exp2f(y), slope = underflow ? 0.f : p * (log_p + entropy);
-    const float own = j == target ? 1.f - p : -p;
-    return inverse_temperature * (d_logprob * own - d_entropy * slope);
+    const float y = ((x - max) * inverse_temperature - log_sum) * LOG2E, p = exp2_or_zero(y);
+    const float own = j == target ? 1.f - p : -p, log_p = fmaxf(y, LOWEST) * float(LN2);
+    return inverse_temperature * (d_logprob * own - d_entropy * p * (log_p + entropy));
   }
 };
 

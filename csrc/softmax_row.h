@@ -7,10 +7,10 @@
 
 namespace aligner::ALIGNER_ISA {
 
-// z = (x - max) * inverse_temperature over the elements seen; sum = sum e^z, weighted = sum e^z z. `max` need not be
-// the largest element: it is one that none of them exceeds by much, so that no e^z overflows.
+// z = (x - max) * inverse_temperature over the elements seen; sum = sum e^z, weighted = sum e^z z. While a row is read
+// `max` need not be the largest element: it is one that none of them exceeds by much, so that no e^z overflows.
 struct RowStats {
-  float max = -INFINITY;
+  float max = -INFINITY, largest = -INFINITY;
   double sum = 0, weighted = 0;
 };
 
@@ -83,8 +83,14 @@ ALIGNER_INLINE void update_row(RowStats& s, const typename D::T* x, int64_t coun
     move_reference(s, b.max, inverse_temperature);
     b = read_block<D>(x, count, b.max, inverse_temperature);
   }
+  s.largest = b.max > s.largest ? b.max : s.largest;
   s.sum += b.sum;
   s.weighted += b.weighted * 0.6931471805599453;
+}
+
+// After the last block: `max` is the largest element.
+ALIGNER_INLINE void finish_row(RowStats& s, float inverse_temperature) {
+  if (s.largest != s.max) move_reference(s, s.largest, inverse_temperature);
 }
 
 // Statistics of the elements of both.
@@ -101,7 +107,7 @@ ALIGNER_INLINE RowStats merge_rows(const RowStats& a, const RowStats& b, float i
   return s;
 }
 
-// Entropy in nats: log(sum) - E[z]. Neither term is below -6, so little cancels.
+// Entropy in nats: log(sum) - E[z]. Both terms are >= 0, so nothing cancels.
 ALIGNER_INLINE double row_entropy(const RowStats& s) { return ::log(s.sum) - s.weighted / s.sum; }
 
 // What the gradient of a row needs; target is negative when it is not among the row's elements.

@@ -54,6 +54,7 @@ static RowStats rest_of_row(const TopK<D, P>& t) {
     }
     update_row<Float32>(s, block, count, t.p.inverse_temperature);
   }
+  finish_row(s, t.p.inverse_temperature);
   return s;
 }
 

@@ -31,7 +31,7 @@ def combine(
     Source: the chain rule of entropy; Milakov and Gimelshein 2018, arXiv:1805.02867, eq. 4 for combining (m, S).
 
     logprobs_N, entropy_N, log_sum_N: (N,) float32, nats, of the shard.
-    max_N: (N,) float32, a logit near the largest of the shard, not divided by the temperature; -inf when all are.
+    max_N: (N,) float32, largest logit of the shard, not divided by the temperature.
     here_N: (N,) bool. The target is in this rank's shard.
     """
     largest_N = max_N.clone()

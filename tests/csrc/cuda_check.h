@@ -115,6 +115,13 @@ void expect_close(const char* what, const Array<T>& got, const Array<T>& want, d
          double(got[first]), double(want[first]));
 }
 
+// The logarithm of a softmax's denominator: which logit its two parts are relative to is a kernel's own choice.
+inline Array<double> log_denominator(const Array<float>& max, const Array<float>& log_sum, double temperature) {
+  Array<double> x(max.size);
+  for (int64_t i = 0; i < max.size; ++i) x[i] = max[i] / temperature + log_sum[i];
+  return x;
+}
+
 inline void expect(const char* what, bool holds) {
   if (holds) return;
   ++failures;

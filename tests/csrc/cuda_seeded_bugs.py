@@ -222,10 +222,4 @@ RACES = {
         "atomicAdd(reinterpret_cast<unsigned long long*>(p.checksums + tile.item),",
         "*(p.checksums + tile.item) += (",
     ),
-    "block_reduce: parts written while an earlier call reads them": (
-        "topk_distillation_loss",
-        "cuda_kernel.cuh",
-        "  __syncthreads();  // an earlier call may still be reading `parts`\n",
-        "",
-    ),
 }

@@ -52,7 +52,8 @@ def link(objects: list[Path], sanitizer: str, target: Path) -> Path:
 def execute(driver: Path, *arguments: str) -> subprocess.CompletedProcess:
     """On one thread and at fixed addresses: the thread sanitizer knows neither OpenMP nor random addresses."""
     fixed = [shutil.which("setarch"), "-R"] if shutil.which("setarch") else []
-    return run([*fixed, driver, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    settings = {"OMP_NUM_THREADS": "1", "TSAN_OPTIONS": "halt_on_error=1"}
+    return run([*fixed, driver, *arguments], env=os.environ | settings, timeout=120)
 
 
 @pytest.fixture(scope="session")
@@ -89,34 +90,79 @@ def test_no_data_race(drivers, op):
     assert done.returncode == 0, done.stdout + done.stderr[:4000]
 
 
-def run_with_bug(objects, folder: Path, bug: tuple[str, str, str, str], sanitizer: str) -> subprocess.CompletedProcess:
-    op, file, text, replacement = bug
+def copy_with_bug(folder: Path, file: str, text: str, replacement: str) -> None:
     for path in [*CSRC.glob("*.cu*"), *CSRC.glob("*.h")]:
         shutil.copy(path, folder)
     source = (CSRC / file).read_text()
     assert source.count(text) == 1, f"{file} has {source.count(text)} times {text!r}"
     (folder / file).write_text(source.replace(text, replacement))
+
+
+def run_with_bug(objects, folder: Path, bug: tuple[str, str, str, str], sanitizer: str) -> subprocess.CompletedProcess:
+    op, file, text, replacement = bug
+    copy_with_bug(folder, file, text, replacement)
     flags = [*SANITIZER[sanitizer], "-Wno-error"]
     kernel = compile_object(folder / f"{op}.cu", folder / "kernel.o", folder, flags)
     parts = [objects[name] for name in ("cuda_on_cpu", "cuda_driver", f"cuda_{op}", f"{op}_cpu")]
     return execute(link([*parts, kernel], sanitizer, folder / "driver"), "compare", op, "2", "3")
 
 
-@pytest.mark.parametrize("bug", WRONG_NUMBERS)
-def test_wrong_numbers_are_caught(objects, tmp_path, bug):
-    done = run_with_bug(objects, tmp_path, WRONG_NUMBERS[bug], "none")
-    assert done.returncode == 1 or done.returncode < 0, done.stderr  # a difference, or stopped by a signal
+def run_all_with_bugs(objects, folder: Path, bugs: dict, sanitizer: str) -> dict[str, subprocess.CompletedProcess]:
+    folders = [folder / str(i) for i in range(len(bugs))]
+    for path in folders:
+        path.mkdir()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = pool.map(lambda pair: run_with_bug(objects, *pair, sanitizer), zip(folders, bugs.values(), strict=True))
+        return dict(zip(bugs, done, strict=True))
 
 
-@pytest.mark.parametrize("bug", RACES)
-def test_races_are_caught(objects, tmp_path, bug):
-    done = run_with_bug(objects, tmp_path, RACES[bug], "thread")
-    assert "data race" in done.stderr
+def test_wrong_numbers_are_caught(objects, tmp_path):
+    done = run_all_with_bugs(objects, tmp_path, WRONG_NUMBERS, "none")
+    caught = [bug for bug, d in done.items() if d.returncode == 1 or d.returncode < 0]  # a difference, or a signal
+    assert caught == list(WRONG_NUMBERS)
+
+
+def test_races_are_caught(objects, tmp_path):
+    done = run_all_with_bugs(objects, tmp_path, RACES, "thread")
+    assert [bug for bug, d in done.items() if "data race" in d.stderr] == list(RACES)
 
 
 def test_every_kernel_file_has_a_seeded_bug():
     files = {file for _, file, _, _ in [*WRONG_NUMBERS.values(), *RACES.values()]}
     assert {f"{op}.cu" for op in OPS} <= files
+
+
+MISUSE = {
+    "divergent_barrier": "divergent __syncthreads",
+    "missing_at_barrier": "deadlock",
+    "half_warp": "waits for an exited lane",
+    "unnamed_lane": "its mask does not name",
+    "different_operations": "different warp operations",
+    "beyond_shared": "heap-buffer-overflow",
+    "beyond_global": "heap-buffer-overflow",
+    "unset_shared": "",
+}
+
+
+def test_emulator_stops_misuse(objects, tmp_path):
+    source = compile_object(HERE / "cuda_misuse.cu", tmp_path / "misuse.o", CSRC, SANITIZER["address"])
+    program = link([source, objects["cuda_on_cpu"]], "address", tmp_path / "misuse")
+    for kernel, message in MISUSE.items():
+        done = execute(program, kernel)
+        assert done.returncode != 0 and message in done.stderr, (kernel, done.stderr)
+    assert execute(program, "two_sums").returncode == 0
+
+
+def test_emulator_sees_races(objects, tmp_path):
+    """Between blocks, and between two uses of one shared array when the barrier between them is gone."""
+    copy_with_bug(
+        tmp_path, "cuda_kernel.cuh", "  __syncthreads();  // an earlier call may still be reading `parts`\n", ""
+    )
+    for csrc, races in ((CSRC, ["blocks_write_one_place"]), (tmp_path, ["blocks_write_one_place", "two_sums"])):
+        source = compile_object(HERE / "cuda_misuse.cu", tmp_path / "misuse.o", csrc, SANITIZER["thread"])
+        program = link([source, objects["cuda_on_cpu"]], "thread", tmp_path / "misuse")
+        found = {kernel: execute(program, kernel) for kernel in ("blocks_write_one_place", "two_sums")}
+        assert [kernel for kernel, done in found.items() if "data race" in done.stderr] == races
 
 
 def test_memory_traffic_is_near_the_minimum(drivers):
