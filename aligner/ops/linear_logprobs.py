@@ -65,7 +65,7 @@ def linear_logprobs(
     impl: "auto" | "reference" | "cpp" | "triton". "auto" is cpp on CPU and triton on CUDA.
 
     Returns logprobs_N and entropy_N, (N,) float32, nats; gradients flow through both. Raises ValueError for temperature
-    or impl, RuntimeError for shapes and targets out of range (on CUDA the latter is a device-side assertion).
+    or impl, RuntimeError for shapes and targets out of range (of the latter impl triton makes NaN, and no host waits).
     """
     if not temperature > 0:
         raise ValueError(f"linear_logprobs: temperature is {temperature}, expected more than 0.")
