@@ -3,15 +3,12 @@
 import pathlib
 import subprocess
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("sanitize", ["OFF", "ON"])
-def test_csrc_builds_and_passes(tmp_path, sanitize):
+def test_csrc_builds_and_passes_under_sanitizers(tmp_path):
     for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DALIGNER_TESTS=ON", f"-DALIGNER_SANITIZE={sanitize}"],
+        ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DALIGNER_TESTS=ON", "-DALIGNER_SANITIZE=ON"],
         ["cmake", "--build", str(tmp_path), "-j", "2"],
         ["ctest", "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error"],
     ):
