@@ -17,7 +17,9 @@ MMA = {"sm_80": "mma.sync", "sm_90a": "wgmma.mma_async", "sm_100a": "tcgen05.mma
 def read(path: pathlib.Path, compiler: str) -> dict[tuple, dict]:
     with path.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["compiler"].split()[0] == compiler]
-    return {(row["kernel"], row["source"], row["arch"]): row for row in rows}
+    table = {(row["kernel"], row["source"], row["arch"]): row for row in rows}
+    assert len(table) == len(rows), f"{path} has a row twice: run python benchmarks/cuda_resources.py"
+    return table
 
 
 def compiled(compiler: str, folder: pathlib.Path) -> dict[tuple, dict]:
