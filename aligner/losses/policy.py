@@ -23,7 +23,7 @@ def token_weights(action_mask_N: Tensor, cu_seqlens: Tensor, average: str) -> Te
         return weights_N
     counts = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     sequence_N = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    actions_B = torch.zeros(len(counts)).index_add_(0, sequence_N, weights_N)
+    actions_B = ops.segment_sum(weights_N, cu_seqlens)
     return weights_N / actions_B[sequence_N]
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from aligner import ops
+
 
 def rollout_statistics(rollout, rewards_B: Tensor, log_ratio_N: Tensor, prefix: str = "") -> dict[str, float]:
     """Reward, KL per response, lengths, finished share of one rollout.
@@ -11,11 +13,11 @@ def rollout_statistics(rollout, rewards_B: Tensor, log_ratio_N: Tensor, prefix: 
     KL per response is the k1 estimate, the sum of the log-ratio over a response, whatever the penalty's estimator is.
     """
     counts = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1]).float()
-    lengths_B = _sums(rollout.action_mask_N.float(), rollout.cu_seqlens)
+    lengths_B = ops.segment_sum(rollout.action_mask_N.float(), rollout.cu_seqlens)
     return {
         prefix + "reward/mean": float(rewards_B.mean()),
         prefix + "reward/std": float(rewards_B.std(correction=0)),
-        prefix + "kl/mean": float(_sums(log_ratio_N, rollout.cu_seqlens).mean()),
+        prefix + "kl/mean": float(ops.segment_sum(log_ratio_N, rollout.cu_seqlens).mean()),
         prefix + "response_length/mean": float(lengths_B.mean()),
         prefix + "prompt_length/mean": float((counts - lengths_B).mean()),
         prefix + "finished/mean": float(rollout.finished_B.float().mean()),
@@ -61,9 +63,3 @@ def update_statistics(policy: list[dict[str, Tensor]], value: list[dict[str, Ten
 
 def _means(steps: list[dict[str, Tensor]], names: dict[str, str]) -> dict[str, float]:
     return {new: float(torch.stack([s[old] for s in steps]).mean()) for old, new in names.items()}
-
-
-def _sums(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
-    counts = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    sequence_N = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    return torch.zeros(len(counts)).index_add_(0, sequence_N, x_N.float())

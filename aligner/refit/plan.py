@@ -13,6 +13,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from aligner import ops
+
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
@@ -36,12 +38,11 @@ class Plan:
     def execute(self, source: Callable[[str], Tensor], destination: dict[str, Tensor]) -> int:
         """Copy, casting to the destination's dtype. Returns the bytes written."""
         written = 0
-        for name, copies in groupby(self.copies, key=lambda c: c.source):
-            tensor = source(name)
-            for c in copies:
-                rows = destination[c.destination][c.destination_at : c.destination_at + c.rows]
-                rows.copy_(tensor[c.source_at : c.source_at + c.rows])
-                written += rows.numel() * rows.element_size()
+        for name, group in groupby(self.copies, key=lambda c: c.source):
+            tensor, copies = source(name), list(group)
+            into = [destination[c.destination][c.destination_at : c.destination_at + c.rows] for c in copies]
+            ops.refit_copy([tensor[c.source_at : c.source_at + c.rows] for c in copies], into)
+            written += sum(rows.nbytes for rows in into)
         return written
 
 
