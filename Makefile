@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup ppo test lint format bench clean
+.PHONY: setup ppo test test-gpu lint format bench clean
 
 setup: .venv/.installed
 
@@ -24,6 +24,11 @@ test: setup
 	$(BIN)/python -m pytest tests
 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
+
+# On a machine with an NVIDIA GPU and a CUDA torch: the operators' tests once more, on the GPU.
+test-gpu: setup
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'test-gpu needs a CUDA torch and a GPU'"
+	$(BIN)/python -m pytest tests/ops -k "gpu or triton"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ if __name__ == "__main__":
         shape=f"B{B} T{LENGTH}",
         dtype="float32",
         inputs=inputs,
-        subjects={impl: call(impl) for impl in ("cpp", "reference")},
+        subjects={impl: call(impl) for impl in (harness.COMPILED, "reference")},
         bytes=B * LENGTH * (4 * 4 + 1),
     )
     harness.main("gae", [case])

@@ -24,7 +24,7 @@ if __name__ == "__main__":
             inputs=inputs(b),
             subjects={
                 impl: lambda r, g, impl=impl: ops.group_advantages(r, g, kind="grpo", impl=impl)
-                for impl in ("cpp", "reference")
+                for impl in (harness.COMPILED, "reference")
             },
             bytes=b * (4 + 8 + 4),
         )

@@ -28,7 +28,7 @@ if __name__ == "__main__":
             shape=f"B{b} forward+backward",
             dtype="float32",
             inputs=inputs(b),
-            subjects={impl: call(impl) for impl in ("cpp", "reference")},
+            subjects={impl: call(impl) for impl in (harness.COMPILED, "reference")},
             bytes=b * (4 + 4 + 1 + 4),
         )
         for b in harness.TOKENS

@@ -23,7 +23,7 @@ def inputs(n, dtype):
 
 
 def fused(logits, targets):
-    logprobs, _ = ops.logprobs(logits, targets, impl="cpp")
+    logprobs, _ = ops.logprobs(logits, targets, impl=harness.COMPILED)
     return torch.autograd.grad(logprobs.sum(), logits)
 
 
@@ -39,7 +39,7 @@ def cross_entropy(logits, targets):
 
 @torch.no_grad()
 def forward(logits, targets):
-    return ops.logprobs(logits, targets, impl="cpp")
+    return ops.logprobs(logits, targets, impl=harness.COMPILED)
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def read(logits, targets):
 
 @torch.no_grad()
 def backward_in_place(logits, targets):
-    n = torch.zeros(len(logits))
+    n = torch.zeros(len(logits), device=logits.device)
     arguments = (1.0, 0, logits.shape[1], n, n, n, n + 1, None)
     return torch.ops.aligner.logprobs_backward_(logits.detach(), targets, *arguments)
 
@@ -65,14 +65,16 @@ if __name__ == "__main__":
     for dtype in (torch.float32, torch.bfloat16):
         for n in (1024, 2048, 4096):
             fields = dict(dtype=str(dtype).removeprefix("torch."), inputs=inputs(n, dtype))
-            both = {"cpp": fused, "torch-log_softmax": torch_gather, "torch-cross_entropy": cross_entropy}
+            both = {harness.COMPILED: fused, "torch-log_softmax": torch_gather, "torch-cross_entropy": cross_entropy}
             size = n * V * dtype.itemsize
             cases += [
                 harness.Case(shape=f"N{n} V{V} forward+backward", subjects=both, bytes=3 * size, **fields),
-                harness.Case(shape=f"N{n} V{V} forward", subjects={"cpp": forward, "read": read}, bytes=size, **fields),
+                harness.Case(
+                    shape=f"N{n} V{V} forward", subjects={harness.COMPILED: forward, "read": read}, bytes=size, **fields
+                ),
                 harness.Case(
                     shape=f"N{n} V{V} backward in place",
-                    subjects={"cpp": backward_in_place, "read-write": read_and_write},
+                    subjects={harness.COMPILED: backward_in_place, "read-write": read_and_write},
                     bytes=2 * size,
                     **fields,
                 ),

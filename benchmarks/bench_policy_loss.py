@@ -48,7 +48,7 @@ if __name__ == "__main__":
             shape=f"N{n} forward+backward",
             dtype="float32",
             inputs=inputs(n),
-            subjects={impl: call(impl) for impl in ("cpp", "reference")},
+            subjects={impl: call(impl) for impl in (harness.COMPILED, "reference")},
             bytes=n * (4 * 4 + 1 + 2 * 4),
         )
         for n in harness.TOKENS

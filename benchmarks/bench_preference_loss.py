@@ -30,7 +30,7 @@ if __name__ == "__main__":
             shape=f"B{b} {kind} forward+backward",
             dtype="float32",
             inputs=inputs(b),
-            subjects={impl: call(kind, impl) for impl in ("cpp", "reference")},
+            subjects={impl: call(kind, impl) for impl in (harness.COMPILED, "reference")},
             bytes=b * 4 * (4 + 2),
         )
         for kind, b in (*(("dpo", b) for b in harness.TOKENS), ("cdpo", 1 << 20), ("ipo", 1 << 20), ("orpo", 1 << 20))

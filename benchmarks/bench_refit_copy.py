@@ -39,7 +39,7 @@ def contiguous(sources, destinations):
 
 
 def refit(checksum):
-    return lambda sources, destinations: ops.refit_copy(sources, destinations, checksum=checksum, impl="cpp")
+    return lambda sources, destinations: ops.refit_copy(sources, destinations, checksum=checksum, impl=harness.COMPILED)
 
 
 if __name__ == "__main__":
@@ -52,8 +52,8 @@ if __name__ == "__main__":
                 dtype=f"float32 to {str(dtype).removeprefix('torch.')}",
                 inputs=inputs(dtype, layers),
                 subjects={
-                    "cpp": refit(False),
-                    "cpp-checksum": refit(True),
+                    harness.COMPILED: refit(False),
+                    harness.COMPILED + "-checksum": refit(True),
                     "torch-one-by-one": one_by_one,
                     "contiguous-copy": contiguous,
                 },

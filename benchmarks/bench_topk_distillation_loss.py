@@ -32,7 +32,7 @@ if __name__ == "__main__":
             shape=f"N{n} V{V} K{K} forward+backward",
             dtype=str(dtype).removeprefix("torch."),
             inputs=inputs(n, dtype),
-            subjects={impl: call(impl) for impl in ("cpp", "reference")},
+            subjects={impl: call(impl) for impl in (harness.COMPILED, "reference")},
             bytes=3 * n * V * dtype.itemsize,
         )
         for n, dtype in ((256, torch.float32), (512, torch.float32), (1024, torch.float32), (1024, torch.bfloat16))

@@ -28,7 +28,7 @@ if __name__ == "__main__":
             shape=f"N{n} forward+backward",
             dtype="float32",
             inputs=inputs(n),
-            subjects={impl: call(impl) for impl in ("cpp", "reference")},
+            subjects={impl: call(impl) for impl in (harness.COMPILED, "reference")},
             bytes=n * (3 * 4 + 1 + 4),
         )
         for n in harness.TOKENS

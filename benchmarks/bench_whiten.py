@@ -20,7 +20,10 @@ if __name__ == "__main__":
             shape=f"N{n}",
             dtype="float32",
             inputs=inputs(n),
-            subjects={impl: lambda *inputs, impl=impl: ops.whiten(*inputs, impl=impl) for impl in ("cpp", "reference")},
+            subjects={
+                impl: lambda *inputs, impl=impl: ops.whiten(*inputs, impl=impl)
+                for impl in (harness.COMPILED, "reference")
+            },
             bytes=n * (3 * (4 + 1) + 4),  # the mean, the deviations and the result each read everything
         )
         for n in harness.TOKENS

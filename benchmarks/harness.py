@@ -1,4 +1,8 @@
-"""Times implementations against each other, interleaved, and appends one row each to results/<op>.csv."""
+"""Times implementations against each other, interleaved, and appends one row each to results/<op>.csv.
+
+On a machine with a GPU everything runs there: the compiled subject is the CUDA kernel (or Triton's), seconds wait for
+the device, peak bytes are the device's.
+"""
 
 import argparse
 import csv
@@ -17,6 +21,8 @@ import torch
 
 TOKENS = (1 << 18, 1 << 19, 1 << 20)  # three sizes, to see that the cost grows linearly
 RESULTS = pathlib.Path(__file__).parent / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILED = "cuda" if DEVICE == "cuda" else "cpp"  # impl and subject name
 COLUMNS = ["date", "commit", "machine", "threads", "shape", "dtype", "impl"]
 COLUMNS += ["seconds_median", "bytes", "gb_per_s", "peak_bytes"]
 
@@ -35,9 +41,13 @@ class Case:
     """Name of the implementation -> call."""
     bytes: int
     """Bytes that the best possible implementation reads and writes."""
+    flops: float = 0
+    """Floating-point operations that it needs, of matrix products."""
 
 
 def machine() -> str:
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
@@ -53,12 +63,35 @@ def status_bytes(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
+def on_device(x):
+    """Tensors, alone or in a list, on DEVICE; still leaves when they were."""
+    if isinstance(x, list):
+        return [on_device(t) for t in x]
+    if not isinstance(x, torch.Tensor) or DEVICE == "cpu":
+        return x
+    return x.detach().to(DEVICE).requires_grad_(x.requires_grad)
+
+
+def make_inputs(case: Case, small: bool) -> tuple:
+    return tuple(on_device(x) for x in case.inputs(small))
+
+
+def wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def measure_peak(case: Case, subject: str) -> int:
-    """Bytes of resident memory that one call adds at its highest, its results included; for a fresh process."""
+    """Bytes of memory that one call adds at its highest, its results included; for a fresh process."""
     call = case.subjects[subject]
-    call(*case.inputs(True))
-    inputs = case.inputs(False)
+    call(*make_inputs(case, True))
+    inputs = make_inputs(case, False)
     gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call(*inputs)
+        return torch.cuda.max_memory_allocated() - before
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = status_bytes("VmRSS")
     kept = call(*inputs)
@@ -74,16 +107,34 @@ def peak_in_new_process(number: int, subject: str, threads: int) -> int:
 
 def time_interleaved(case: Case, rounds: int) -> dict[str, float]:
     """Median seconds of each subject; taking turns, they meet the same disturbances."""
-    inputs = case.inputs(False)
+    inputs = make_inputs(case, False)
     seconds: dict[str, list[float]] = {name: [] for name in case.subjects}
     for round_number in range(rounds + 1):
         for name, call in case.subjects.items():
+            wait()
             start = time.perf_counter()
             kept = call(*inputs)
+            wait()
             if round_number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
             del kept
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def median_seconds(call: Callable[[], object], rounds: int = 5) -> float:
+    return time_interleaved(Case(shape="", dtype="", inputs=lambda _: (), subjects={"": call}, bytes=0), rounds)[""]
+
+
+def print_roof() -> None:
+    """What one large copy and one large matrix product of torch's reach, beside which the rows are to be read."""
+    n = 1 << (28 if DEVICE == "cuda" else 26)
+    pair = torch.ones(2, n, device=DEVICE)
+    copy = 8 * n / median_seconds(lambda: pair[0].copy_(pair[1])) / 1e9
+    size, rates = (8192 if DEVICE == "cuda" else 2048), []
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(size, size, device=DEVICE, dtype=dtype)
+        rates.append(f"{2 * size**3 / median_seconds(lambda a=a: a @ a) / 1e12:.3g} TFLOP/s {dtype}")
+    print(f"{machine()}: copy {copy:.3g} GB/s, matmul {', '.join(rates)}".replace("torch.", ""))
 
 
 def main(op: str, cases: list[Case]) -> None:
@@ -97,6 +148,7 @@ def main(op: str, cases: list[Case]) -> None:
         number, subject = options.peak.split(":")
         print(measure_peak(cases[int(number)], subject))
         return
+    print_roof()
     path = RESULTS / f"{op}.csv"
     path.parent.mkdir(exist_ok=True)
     new = not path.exists()
@@ -112,4 +164,6 @@ def main(op: str, cases: list[Case]) -> None:
                 writer.writerow(
                     [*where, case.shape, case.dtype, name, f"{seconds:.6g}", case.bytes, f"{rate:.3g}", peak]
                 )
-                print(f"{op} {case.shape} {case.dtype} {name}: {1e3 * seconds:.4g} ms, {rate:.3g} GB/s, +{peak} bytes")
+                products = f", {case.flops / seconds / 1e12:.3g} TFLOP/s" if case.flops else ""
+                timing = f"{1e3 * seconds:.4g} ms, {rate:.3g} GB/s{products}"
+                print(f"{op} {case.shape} {case.dtype} {name}: {timing}, +{peak} bytes", flush=True)

@@ -45,9 +45,45 @@ def cpu_isa(request):
     yield from use(request.param)
 
 
-@pytest.fixture(params=[*CPU_ISAS, "emulated-cuda"])
-def isa(request):
-    """Runs a test once per instruction set of the CPU kernels and once with the CUDA kernels, compiled for the CPU."""
+GPU = ["gpu"] if torch.cuda.is_available() else []
+NAMES = [name for name in ops.__all__ if name != "cpu_isa" and not name.endswith("_reference")]
+
+
+def moved(x, device):
+    """x with every tensor in it on `device`; gradients flow back."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {key: moved(value, device) for key, value in x.items()}
+    return type(x)(moved(value, device) for value in x) if isinstance(x, list | tuple) else x
+
+
+def on(device, function):
+    """`function` of aligner.ops, its compiled form on `device`, for tests that know CPU tensors alone."""
+
+    def call(*arguments, **options):
+        if options.get("impl") == "reference":
+            return function(*arguments, **options)
+        options |= {"impl": "cuda"} if options.get("impl") == "cpp" else {}
+        there = moved(arguments, device)
+        result = moved(function(*there, **moved(options, device)), "cpu")
+        if function.__name__ == "refit_copy":
+            for here, copied in zip(arguments[1], there[1], strict=True):
+                here.copy_(copied)
+        return result
+
+    return call
+
+
+@pytest.fixture(params=[*CPU_ISAS, "emulated-cuda", *GPU])
+def isa(request, monkeypatch):
+    """Runs a test once per instruction set of the CPU kernels, with the CUDA kernels compiled for the CPU, and with
+    themselves where there is a GPU."""
+    if request.param == "gpu":
+        for name in NAMES:
+            monkeypatch.setattr(ops, name, on("cuda", getattr(ops, name)))
+        yield request.param
+        return
     if request.param == "emulated-cuda":
         request.getfixturevalue("emulated_cuda")
     yield from use(request.param)

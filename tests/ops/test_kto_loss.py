@@ -3,8 +3,8 @@ import torch
 from three_way import assert_three_way
 
 from aligner import ops
+from aligner.ops.kto_loss import STATS
 
-STATS = ops.kto_loss.__globals__["STATS"]
 SETTINGS = dict(beta=0.3, desirable_weight=1.2, undesirable_weight=0.7)
 
 

@@ -3,6 +3,7 @@ import torch
 from three_way import assert_three_way
 
 from aligner import ops
+from aligner.ops.policy_loss import STATS
 
 SETTINGS = [
     dict(clip_low=0.2, clip_high=0.2),
@@ -60,7 +61,7 @@ def textbook(
     terms = (c * token, active.double(), d.exp() - 1 - d, ratio, clamped, entropy_N[at], estimate, c)
     means = [(w * term).sum() / num_tokens for term in terms]
     loss = means[0] - entropy_coef * means[5] + kl_coef * means[6]
-    return loss, dict(zip(ops.policy_loss.__globals__["STATS"], means, strict=True))
+    return loss, dict(zip(STATS, means, strict=True))
 
 
 def evaluate(function, logprobs, entropy, dtype):

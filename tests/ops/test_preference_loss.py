@@ -3,9 +3,8 @@ import torch
 from three_way import assert_three_way
 
 from aligner import ops
+from aligner.ops.preference_loss import KINDS, STATS
 
-KINDS = ops.preference_loss.__globals__["KINDS"]
-STATS = ops.preference_loss.__globals__["STATS"]
 SETTINGS = dict(label_smoothing=0.1, margin=0.6, reward_scale=0.7, sft_coef=0.2)
 
 
