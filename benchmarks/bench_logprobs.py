@@ -27,6 +27,12 @@ def fused(logits, targets):
     return torch.autograd.grad(logprobs.sum(), logits)
 
 
+def fused_in_place(logits, targets):
+    """As a model does whose logits nobody needs afterwards: no memory for their gradient."""
+    logprobs, _ = ops.logprobs(logits.view_as(logits), targets, inplace_backward=True, impl=harness.COMPILED)
+    return torch.autograd.grad(logprobs.sum(), logits)
+
+
 def torch_gather(logits, targets):
     logprobs = torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])
     return torch.autograd.grad(logprobs.sum(), logits)
@@ -65,7 +71,8 @@ if __name__ == "__main__":
     for dtype in (torch.float32, torch.bfloat16):
         for n in (1024, 2048, 4096):
             fields = dict(dtype=str(dtype).removeprefix("torch."), inputs=inputs(n, dtype))
-            both = {harness.COMPILED: fused, "torch-log_softmax": torch_gather, "torch-cross_entropy": cross_entropy}
+            both = {harness.COMPILED: fused, harness.COMPILED + "-in-place": fused_in_place}
+            both |= {"torch-log_softmax": torch_gather, "torch-cross_entropy": cross_entropy}
             size = n * V * dtype.itemsize
             cases += [
                 harness.Case(shape=f"N{n} V{V} forward+backward", subjects=both, bytes=3 * size, **fields),

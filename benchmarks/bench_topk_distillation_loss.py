@@ -13,7 +13,8 @@ def inputs(n, dtype):
         rows, columns = (4, 200) if small else (n, V)
         logits = torch.randn(rows, columns)
         top = (logits + torch.randn(rows, columns)).topk(K, dim=1)
-        return logits.to(dtype).requires_grad_(), top.indices, top.values, logits.logsumexp(1) + 0.5
+        log_sum = logits.logsumexp(1) + 0.5
+        return logits.to(dtype).requires_grad_(), top.indices, top.values, log_sum
 
     return make
 

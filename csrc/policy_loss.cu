@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(TOKEN_BLOCK) policy_loss_tokens(PolicyLossPara
       d_term += p.kl_coef * kl.slope;
     }
     store(p.d_logprobs + i, w * scale * d_term);
+    if (p.d_entropy) store(p.d_entropy + i, w * (-p.entropy_coef * scale));
     sums.value[0] += w * c * l;
     sums.value[1] += active ? w : 0.f;
     sums.value[2] += w * k3(d, r);

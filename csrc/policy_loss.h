@@ -24,6 +24,7 @@ struct PolicyLossParams {
   const float* ref_logprobs;  // [N] nats; null for no KL term
   const float* entropy;       // [N] nats, or null
   float* d_logprobs;          // [N] out, d loss / d logprobs, 1/nats
+  float* d_entropy;           // [N] out, d loss / d entropy, 1/nats; null when not wanted
   float* loss;                // [1] out
   float* stats;               // [8] out, sum w x / num_tokens of: c l, clipped (0 or 1), k3 estimate of KL(old || new)
                               //     in nats, ratio, clamped ratio, entropy in nats, KL(new || ref) in nats, c

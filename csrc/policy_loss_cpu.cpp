@@ -61,6 +61,7 @@ static void policy_loss_part(const PolicyLossParams& p, int64_t begin, int64_t e
       d_term += p.kl_coef * slope;
     }
     store_some<Float32>(p.d_logprobs + i, w * scale * d_term, n);
+    if (p.d_entropy) store_some<Float32>(p.d_entropy + i, w * (-p.entropy_coef * scale), n);
     const vfloat h = p.entropy ? keep(w, load_some<Float32>(p.entropy + i, n, 0.f)) : zero;
     total[0] += widen_sum(w * c * l);
     total[1] += widen_sum(active ? w : zero);

@@ -150,29 +150,31 @@ def policy_loss(
     constants = (t if t is None else t.detach() for t in (old_logprobs_N, advantages_N))
     more = (t if t is None else t.detach() for t in (importance_N, ref_logprobs_N))
     settings = (float(num_tokens), clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl)
-    loss, stats, _ = torch.ops.aligner.policy_loss(logprobs_N, *constants, mask_N, *more, entropy_N, *settings)
+    loss, stats, _, _ = torch.ops.aligner.policy_loss(logprobs_N, *constants, mask_N, *more, entropy_N, *settings)
     absent = {"kl" if name == "ref_logprobs" else name for name in optional.keys() - given.keys()}
     return loss, {name: x for name, x in zip(STATS, stats.unbind(), strict=True) if name not in absent}
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _, _, _, mask, _, _, entropy, ctx.num_tokens, _, _, _, ctx.entropy_coef, _, _ = inputs
-    _, stats, d_logprobs = output
-    ctx.mark_non_differentiable(stats, d_logprobs)
-    ctx.save_for_backward(d_logprobs, mask)
-    ctx.entropy_needed = entropy is not None and entropy.requires_grad and ctx.entropy_coef != 0
+    _, stats, d_logprobs, d_entropy = output
+    ctx.mark_non_differentiable(stats, d_logprobs, d_entropy)
+    ctx.save_for_backward(d_logprobs, d_entropy)
+    entropy, entropy_coef = inputs[6], inputs[11]
+    ctx.entropy_needed = entropy is not None and entropy.requires_grad and entropy_coef != 0
 
 
-def _backward(ctx, d_loss, d_stats, d_d_logprobs):
-    d_logprobs, mask = ctx.saved_tensors
-    d_entropy = -ctx.entropy_coef / ctx.num_tokens * d_loss * mask if ctx.entropy_needed else None
+def _backward(ctx, d_loss, *_):
+    d_logprobs, d_entropy = ctx.saved_tensors
+    d_entropy = d_loss * d_entropy if ctx.entropy_needed else None
     return d_loss * d_logprobs, None, None, None, None, None, d_entropy, *([None] * 7)
 
 
 if library.LOADED:
 
     @torch.library.register_fake("aligner::policy_loss")
-    def _(logprobs, *_):
-        return logprobs.new_empty(()), logprobs.new_empty(8), logprobs.new_empty(logprobs.shape)
+    def _(logprobs, *rest):
+        entropy, entropy_coef = rest[5], rest[10]
+        n = logprobs.shape[0] if entropy is not None and entropy_coef != 0 else 0
+        return *(logprobs.new_empty(shape) for shape in ((), 8, logprobs.shape)), logprobs.new_empty(n)
 
     torch.library.register_autograd("aligner::policy_loss", _backward, setup_context=_setup_context)

@@ -31,13 +31,31 @@ void policy(int64_t n) {
   const Floats logprobs(n, -1.f), old(n, -1.5f), advantages(n, 2.f), importance(n, 0.5f), ref(n, -2.f), entropy(n, 3.f);
   std::unique_ptr<bool[]> mask(new bool[n]);
   for (int64_t i = 0; i < n; ++i) mask[i] = true;
-  Floats d(n), loss(1), stats(8);
-  aligner::policy_loss_cpu({logprobs.data(), old.data(), advantages.data(), mask.get(), nullptr, importance.data(),
-                            ref.data(), entropy.data(), d.data(), loss.data(), stats.data(), n, double(n), 0.2f, 0.3f,
-                            INFINITY, 0.1f, 0.2f, aligner::KlEstimator::k3});
+  Floats d(n), d_entropy(n), loss(1), stats(8);
+  aligner::policy_loss_cpu({logprobs.data(),
+                            old.data(),
+                            advantages.data(),
+                            mask.get(),
+                            nullptr,
+                            importance.data(),
+                            ref.data(),
+                            entropy.data(),
+                            d.data(),
+                            d_entropy.data(),
+                            loss.data(),
+                            stats.data(),
+                            n,
+                            double(n),
+                            0.2f,
+                            0.3f,
+                            INFINITY,
+                            0.1f,
+                            0.2f,
+                            aligner::KlEstimator::k3});
   const double kl = std::exp(-1.0) - 1 + 1, clipped = 0.5 * -2 * 1.3;  // the ratio e^0.5 is above 1.3
   expect("policy loss", loss[0], clipped - 0.1 * 3 + 0.2 * kl);
   expect("policy clip fraction", stats[1], 1);
+  expect("entropy gradient", d_entropy[n - 1], -0.1 / double(n));
   expect("policy gradient", d[n - 1], 0.2 * (1 - std::exp(-1.0)) / double(n));
 }
 
