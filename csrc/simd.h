@@ -221,8 +221,16 @@ ALIGNER_INLINE vdouble widen_sum(vfloat v) {  // floats folded into half as many
   return d.low + d.high;
 }
 
-// 2^f for |f| <= 1/2, about 1 ulp: degree-6 minimax polynomial.
+// 2^f for |f| <= 1/2: minimax polynomials, about 1 ulp of degree 6, or `brief`ly 2.6e-6 of degree 4.
+template <bool brief = false>
 ALIGNER_INLINE vfloat exp2_fraction(vfloat f) {
+  if constexpr (brief) {
+    vfloat p = splat(0.0095701017f);
+    p = p * f + 0.0559178603f;
+    p = p * f + 0.2402474483f;
+    p = p * f + 0.6931218147f;
+    return p * f + 0.9999992614f;
+  }
   vfloat p = splat(0.000153458081f);
   p = p * f + 0.00133999309f;
   p = p * f + 0.00961848907f;
@@ -233,22 +241,24 @@ ALIGNER_INLINE vfloat exp2_fraction(vfloat f) {
 }
 
 // 2^y for -126 <= y < 128: nearest integer by a magic add.
+template <bool brief = false>
 ALIGNER_INLINE vfloat exp2_in_range(vfloat y) {
   const vfloat magic = splat(12582912.f);  // 1.5 * 2^23
   const vfloat n = y + magic;
-  return (vfloat)((vint)exp2_fraction(y - (n - magic)) + ((vint)n << 23));
+  return (vfloat)((vint)exp2_fraction<brief>(y - (n - magic)) + ((vint)n << 23));
 }
 
 // 2^y for y < 128: 0 below float range, NaN for NaN. `y` comes back clamped, so that 0 * y is 0.
+template <bool brief = false>
 ALIGNER_INLINE vfloat exp2_or_zero(vfloat& y) {
 #if defined(__AVX512F__)
   y = vmax(splat(-160.f), y);
   const __m512 n = _mm512_roundscale_ps((__m512)y, 0);
-  return (vfloat)_mm512_scalef_ps((__m512)exp2_fraction(y - (vfloat)n), n);
+  return (vfloat)_mm512_scalef_ps((__m512)exp2_fraction<brief>(y - (vfloat)n), n);
 #else
   const vint underflow = y <= splat(-126.f);
   y = underflow ? splat(-126.f) : y;
-  return underflow ? splat(0.f) : exp2_in_range(y);
+  return underflow ? splat(0.f) : exp2_in_range<brief>(y);
 #endif
 }
 

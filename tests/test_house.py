@@ -88,6 +88,10 @@ def test_every_op_has_every_room():
     assert {"logprobs", "linear_logprobs", "gae", "whiten", "policy_loss", "value_loss"} <= stems
     rooms = ["csrc/{}.h", "bindings/{}.cpp", "aligner/ops/{}.py", "tests/ops/test_{}.py", "benchmarks/bench_{}.py"]
     missing = [room.format(stem) for stem in sorted(stems) for room in rooms if not (ROOT / room.format(stem)).exists()]
+    gpu = ["csrc/{}.cu", "kernels/aligner_kernels/{}.py"]
+    missing += [gpu[0].format(s) for s in stems if not any((ROOT / room.format(s)).exists() for room in gpu)]
+    checks = [ROOT / f"tests/csrc/cuda_{p.stem}.cpp" for p in ROOT.glob("csrc/*.cu")]
+    missing += [str(path) for path in checks if not path.exists()]
     assert not missing, missing
 
 
@@ -132,7 +136,11 @@ def test_no_bare_except_and_no_utils():
         assert path.name != "utils.py", path
 
 
-def test_docs_page_for_every_algorithm():
+def test_docs_page_for_every_algorithm_and_operator():
     assert (ROOT / "docs" / "ppo.md").exists()
     assert (ROOT / "docs" / "architecture.md").exists()
+    assert (ROOT / "docs" / "add-an-operator.md").exists()
+    operators = (ROOT / "docs" / "operators.md").read_text()
+    missing = [p.stem for p in ROOT.glob("bindings/*.cpp") if f"`{p.stem}`" not in operators]
+    assert set(missing) <= {"cuda", "dispatch", "engine"}, f"docs/operators.md says nothing of {missing}"
     assert (ROOT / "docs" / "LOG.md").exists()
