@@ -6,6 +6,7 @@ import torch
 import torch._dynamo  # a custom operator imports it; were that after init_process_group, it would keep the group alive
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligner import ops
 
@@ -67,6 +68,43 @@ def logprobs(rank, impl, scale, inplace=False):
         close(a, b, scale)
 
 
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made within has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            self.elements = max(self.elements, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return result
+
+
+def equals_one_process(rank, op, impl):
+    """To 1e-6 what one process gets, and no tensor on the way is larger than the shard of weight or of logits."""
+    generator = torch.Generator().manual_seed(2)
+    n, h, v = 64, 8, 4096
+    hidden, weight = torch.randn(n, h, generator=generator), torch.randn(v, h, generator=generator)
+    targets = torch.randint(0, v, (n,), generator=generator)
+    g = torch.randn(2, n, generator=generator)
+    shard = slice(rank * v // 2, (rank + 1) * v // 2)
+    if op is ops.linear_logprobs:
+        whole, mine = (hidden, weight), (hidden.clone(), weight[shard].clone())
+    else:
+        logits = hidden @ weight.T
+        whole, mine = (logits,), (logits[:, shard].clone(),)
+    whole, mine = [[x.requires_grad_() for x in inputs] for inputs in (whole, mine)]
+    outputs = op(*whole, targets, impl=impl)
+    want = [*outputs, *gradients(outputs, g, whole)]
+    with Largest() as largest:
+        outputs = op(*mine, targets, group=dist.group.WORLD, impl=impl)
+        got = [*outputs, *gradients(outputs, g, mine)]
+    want[-1] = want[-1][shard] if op is ops.linear_logprobs else want[-1][:, shard]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert 0 < largest.elements <= v // 2 * (h if op is ops.linear_logprobs else n)
+
+
 def empty_shard(rank):
     """Rank 1 holds nothing but -inf logits, as where a tokenizer's padding is masked out."""
     generator = torch.Generator().manual_seed(1)
@@ -101,6 +139,8 @@ def worker(rank, folder):
             linear_logprobs(rank, "triton", scale)
     logprobs(rank, "cpp", 1.0, inplace=True)
     empty_shard(rank)
+    for op in (ops.linear_logprobs, ops.logprobs):
+        equals_one_process(rank, op, "cpp")
     dist.destroy_process_group()
 
 
