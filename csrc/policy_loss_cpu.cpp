@@ -34,10 +34,12 @@ ALIGNER_INLINE vfloat kl_term(KlEstimator kind, vfloat x, vfloat& slope) {
   return value;
 }
 
-static void policy_loss_part(const PolicyLossParams& p, int64_t begin, int64_t end, double* sums) {
+constexpr int64_t FEW = 8 * LANES;  // tokens whose terms are summed in float before they go into doubles
+
+// The local copy of p tells the compiler that no store changes it.
+static void policy_loss_few(const PolicyLossParams p, int64_t begin, int64_t end, vfloat (&sum)[POLICY_STATS]) {
   const float scale = float(1.0 / p.num_tokens);
   const vfloat low = splat(1.f - p.clip_low), high = splat(1.f + p.clip_high), zero = splat(0.f);
-  vdouble total[POLICY_STATS] = {};
   for (int64_t i = begin; i < end; i += LANES) {
     const int64_t n = end - i;
     const vfloat w = load_weights(p.mask, p.weights, i, n);
@@ -63,14 +65,23 @@ static void policy_loss_part(const PolicyLossParams& p, int64_t begin, int64_t e
     store_some<Float32>(p.d_logprobs + i, w * scale * d_term, n);
     if (p.d_entropy) store_some<Float32>(p.d_entropy + i, w * (-p.entropy_coef * scale), n);
     const vfloat h = p.entropy ? keep(w, load_some<Float32>(p.entropy + i, n, 0.f)) : zero;
-    total[0] += widen_sum(w * c * l);
-    total[1] += widen_sum(active ? w : zero);
-    total[2] += widen_sum(w * k3(d, r));
-    total[3] += widen_sum(w * r);
-    total[4] += widen_sum(w * clamped);
-    total[5] += widen_sum(w * h);
-    total[6] += widen_sum(w * kl);
-    total[7] += widen_sum(w * c);
+    sum[0] += w * c * l;
+    sum[1] += active ? w : zero;
+    sum[2] += w * k3(d, r);
+    sum[3] += w * r;
+    sum[4] += w * clamped;
+    sum[5] += w * h;
+    sum[6] += w * kl;
+    sum[7] += w * c;
+  }
+}
+
+static void policy_loss_part(const PolicyLossParams& p, int64_t begin, int64_t end, double* sums) {
+  vdouble total[POLICY_STATS] = {};
+  for (int64_t i = begin; i < end; i += FEW) {
+    vfloat sum[POLICY_STATS] = {};
+    policy_loss_few(p, i, smaller(end, i + FEW), sum);
+    for (int64_t k = 0; k < POLICY_STATS; ++k) total[k] += widen_sum(sum[k]);
   }
   for (int64_t k = 0; k < POLICY_STATS; ++k) sums[k] = hsum(total[k]);
 }

@@ -262,9 +262,16 @@ ALIGNER_INLINE vfloat exp2_or_zero(vfloat& y) {
 #endif
 }
 
-// e^x over the whole float range; infinities and NaN as in libm, denormal results are 0.
+// e^x over the whole float range; infinities and NaN as in libm, denormal results may be 0.
 ALIGNER_INLINE vfloat vexp(vfloat x) {
   // Cody-Waite: x * log2(e) alone would lose the last bits of a large |x|.
+#if defined(__AVX512F__)
+  const vfloat bounded = vmin(splat(100.f), vmax(splat(-110.f), x));
+  const __m512 whole = _mm512_roundscale_ps((__m512)(bounded * LOG2E), 0);
+  const vfloat rest = (bounded - (vfloat)whole * 0.693359375f) + (vfloat)whole * 2.12194440e-4f;
+  const vfloat power = (vfloat)_mm512_scalef_ps((__m512)exp2_fraction(rest * LOG2E), whole);
+  return x == x ? power : x;
+#else
   const vfloat magic = splat(12582912.f);
   const vfloat clamped = vmin(splat(89.f), vmax(splat(-88.f), x));
   const vfloat n = (clamped * LOG2E + magic) - magic;
@@ -276,6 +283,7 @@ ALIGNER_INLINE vfloat vexp(vfloat x) {
   const vfloat low = x < splat(-87.33654f) ? splat(0.f) : y;
   const vfloat high = x > splat(88.72283f) ? splat(INFINITY) : low;
   return x == x ? high : x;
+#endif
 }
 
 }  // namespace aligner::ALIGNER_ISA
