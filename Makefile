@@ -21,7 +21,7 @@ ppo: setup
 	$(BIN)/python -m aligner.ppo
 
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2
 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
 

@@ -1,5 +1,8 @@
 """Operators as a loss uses them: compiled in one graph, and differentiated in float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -63,3 +66,11 @@ def test_impl_by_name(emulated_cuda, impl):
         torch.testing.assert_close(ops.segment_sum(x, cu_seqlens, impl=impl), torch.stack([x[:5].sum(), x[5:].sum()]))
     finally:
         ops.cpu_isa("")
+
+
+def test_cuda_kernels_that_are_not_built():
+    code = "import torch; from aligner import ops; ops.cpu_isa('emulated-cuda'); "
+    code += "ops.whiten(torch.ones(3), torch.ones(3, dtype=torch.bool), impl='cuda')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "whiten: impl cuda needs the CUDA kernels, which this build does not have; build with nvcc" in done.stderr
