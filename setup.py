@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 
+import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -43,6 +44,7 @@ class BuildWithCMake(build_ext):
         prefix = ROOT if self.in_source else pathlib.Path(self.build_lib).resolve()
         kept = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         define = [f"-DCMAKE_INSTALL_PREFIX={prefix}", f"-DTORCH_DIR={torch_dir()}"]
+        define += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
         # A generator or compiler recorded by an earlier build may be gone: configure once more from nothing.
         configure = ["cmake", "-S", str(ROOT), "-B", str(kept), *generator(), *define]
         if subprocess.call(configure) != 0:

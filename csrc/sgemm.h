@@ -1,10 +1,7 @@
 // Float32 matrix product on packed panels: C (+)= A B. Included only by *_cpu.cpp.
 // A is read in place through two strides, so that it may be transposed; B is packed in panels of PANEL columns.
 #pragma once
-#include <stdlib.h>
-
-#include <new>
-
+#include "buffer.h"
 #include "simd.h"
 
 namespace aligner::ALIGNER_ISA {
@@ -13,17 +10,6 @@ constexpr int64_t PANEL = 2 * LANES;            // columns
 constexpr int64_t ROWS = LANES == 16 ? 12 : 6;  // twelve of sixteen AVX registers, or 24 of 32, hold accumulators
 constexpr int64_t ROW_BLOCK = 96;               // rows of A that stay in L2 while the panels go by
 constexpr int64_t DEPTH = 9216 / PANEL;         // of B kept at once, 36 KB; slicing shallower was measured slower
-
-struct Buffer {
-  float* data;
-  explicit Buffer(int64_t floats) : data(nullptr) {
-    if (floats > 0) data = static_cast<float*>(aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
-    if (floats > 0 && !data) throw std::bad_alloc();
-  }
-  ~Buffer() { free(data); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-};
 
 ALIGNER_INLINE int64_t panels(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 

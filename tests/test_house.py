@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # Floors, lowest first. A module imports its own room and lower floors; rooms on one floor do not import each other.
 FLOORS = [
-    {"run", "aligner_kernels"},
+    {"run", "aligner_kernels", "_engine"},
     {"ops"},
     {"losses", "models", "data", "checkpoint"},
     {"rollout", "refit", "serving"},

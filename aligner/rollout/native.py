@@ -1,20 +1,21 @@
-"""The embedded sampler: a batched decoder with a key-value cache, for machines without a GPU.
+"""The embedded sampler: a compiled decoder (csrc/engine) with continuous batching, for machines without a GPU.
 
 Weights lie in the engine's own fused layout ([q|k|v], [gate|up]) and are overwritten in place by a refit plan.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from aligner._engine import Engine
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import Rollout, pack_rollout
 from aligner.models.shape import ModelShape
 from aligner.models.weights import entry, fill
-from aligner.rollout.draw import Streams, draw
 from aligner.rollout.sampling import Response, Sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,11 +24,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class NativeSampler:
     """Samples from a decoder of `shape` whose weights come from a refit (or from_pretrained).
 
-    dtype: "float32" or "bfloat16", of weights, activations and cache; logits are float32.
+    dtype: "float32" or "bfloat16", of weights; activations, cache and logits are float32.
     max_batch: sequences decoded at once.
+    cache_bytes: of the key-value cache, at most; held only while sequences are in flight.
+    It runs on as many threads as torch does, and in one Python thread at a time.
     """
 
-    def __init__(self, shape: ModelShape, *, dtype: str = "float32", max_batch: int = 64):
+    def __init__(self, shape: ModelShape, *, dtype: str = "float32", max_batch: int = 64, cache_bytes: int = 1 << 30):
         if dtype not in DTYPES:
             raise ValueError(f"sampler dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         self.shape, self.max_batch, self.weights_version = shape, max_batch, 0
@@ -37,8 +40,11 @@ class NativeSampler:
             tail = shape.tensors()[parts[0][0]][1:]
             self.weights[name] = torch.zeros(sum(rows for _, _, rows in parts), *tail, dtype=DTYPES[dtype])
             self._manifest.append(entry(name, self.weights[name], parts))
-        frequency = shape.rope_base ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
-        self._frequency = torch.cat([frequency, frequency])
+        frequencies = shape.rope_base ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+        self.engine = Engine(
+            shape=shape, frequencies=frequencies.tolist(), weights=self.weights, dtype=dtype, cache_bytes=cache_bytes
+        )
+        self._owners: dict[int, tuple[int, int, dict]] = {}  # sequence id -> prompt, sample, inbox of its stream
 
     @staticmethod
     def from_pretrained(folder: Path, dtype: str = "float32", threads: int = 0) -> "NativeSampler":
@@ -56,6 +62,10 @@ class NativeSampler:
 
     def refit(self, plan, source: Callable[[str], Tensor], version: int) -> None:
         """Overwrite the weights in place by executing `plan`; `version` becomes weights_version."""
+        if self.engine.num_live:
+            raise RuntimeError(
+                f"sampler: {self.engine.num_live} responses are unfinished; exhaust or close their stream, then refit."
+            )
         plan.execute(source, self.weights)
         self.weights_version = version
 
@@ -71,12 +81,42 @@ class NativeSampler:
         )
 
     def stream(self, prompts: list[list[int]], sampling: Sampling, n: int = 1) -> Iterator[Response]:
-        """The same responses one by one, as they finish."""
+        """The same responses one by one, as they finish. Closing the iterator cancels those that have not.
+
+        Streams of one sampler that are read in turns decode in one batch.
+        """
         self._check(prompts, sampling, n)
-        per_batch = max(1, self.max_batch // n)
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for begin in range(0, len(order), per_batch):
-            yield from self._decode(prompts, order[begin : begin + per_batch], sampling, n)
+        mine: dict[int, Response] = {}  # finished and not yet given out
+        ids: set[int] = set()
+        try:
+            for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):  # long ones first: they end last
+                keys = [_stream_key(sampling.seed, j, prompts[i]) for j in range(n)]
+                for j, number in enumerate(self.engine.add(prompts[i], keys, sampling)):
+                    self._owners[number] = (i, j, mine)
+                    ids.add(number)
+            while ids:
+                while mine:
+                    number = next(iter(mine))
+                    ids.remove(number)
+                    yield mine.pop(number)
+                if ids:
+                    self._step()
+        finally:
+            for number in ids:
+                self.engine.cancel(number)
+                self._owners.pop(number, None)
+
+    def _step(self) -> None:
+        for done in self.engine.step(self.max_batch):
+            prompt, sample, inbox = self._owners.pop(done.id)
+            inbox[done.id] = Response(
+                prompt=prompt,
+                sample=sample,
+                tokens=done.tokens,
+                logprobs=done.logprobs,
+                sampling_logprobs=done.sampling_logprobs,
+                finished=done.stopped,
+            )
 
     def _check(self, prompts: list[list[int]], sampling: Sampling, n: int) -> None:
         if n < 1:
@@ -90,97 +130,11 @@ class NativeSampler:
                     f"model's context of {self.shape.context}; shorten the prompt or lower max_tokens."
                 )
 
-    @torch.no_grad()
-    def _decode(self, prompts: list[list[int]], chosen: list[int], sampling: Sampling, n: int) -> Iterator[Response]:
-        """Prefill each prompt once, then decode its n samples together; finished sequences leave the batch."""
-        rows = [(i, j) for i in chosen for j in range(n)]
-        streams = Streams.of(sampling.seed, [(prompts[i], j) for i, j in rows])
-        tokens: list[list[int]] = [[] for _ in rows]
-        nats: list[list[float]] = [[] for _ in rows]
-        position_B = torch.tensor([len(prompts[i]) for i, _ in rows])
-        logits_BV, cache = self._prefill([prompts[i] for i in chosen], sampling.max_tokens, n)
-        live = list(range(len(rows)))  # rows of `rows` still decoding, aligned with the tensors
-        for step in range(sampling.max_tokens):
-            next_B, logprobs_B = draw(logits_BV, sampling, streams.uniforms(live, step))
-            keep = []
-            for at, (row, token, logprob) in enumerate(zip(live, next_B.tolist(), logprobs_B.tolist(), strict=True)):
-                tokens[row].append(token)
-                nats[row].append(logprob)
-                finished = token in sampling.stop
-                if finished or step + 1 == sampling.max_tokens:
-                    prompt, sample = rows[row]
-                    yield Response(
-                        prompt=prompt, sample=sample, tokens=tokens[row], logprobs=nats[row], finished=finished
-                    )
-                else:
-                    keep.append(at)
-            if not keep:
-                return
-            if len(keep) < len(live):
-                index = torch.tensor(keep)
-                live, next_B, position_B = [live[at] for at in keep], next_B[index], position_B[index]
-                cache = [(k[index], v[index]) for k, v in cache]
-            hidden_BH = self._layers(next_B[:, None], position_B[:, None], cache)[:, 0]
-            position_B = position_B + 1
-            logits_BV = self._logits(hidden_BH)
 
-    def _prefill(self, prompts: list[list[int]], max_tokens: int, n: int) -> tuple[Tensor, list]:
-        """Logits after each prompt, repeated n times, and the cache, with room for max_tokens more."""
-        shape, count, longest = self.shape, len(prompts), max(map(len, prompts))
-        tokens = torch.zeros(count, longest, dtype=torch.int64)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)] = torch.tensor(prompt)
-        size, dtype = (count, shape.kv_heads, longest + max_tokens, shape.head_dim), self.weights["norm"].dtype
-        cache = [(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)) for _ in range(shape.num_layers)]
-        hidden = self._layers(tokens, torch.arange(longest).expand(count, -1), cache)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        logits_BV = self._logits(hidden[torch.arange(count), last])
-        if n > 1:
-            logits_BV = logits_BV.repeat_interleave(n, 0)
-            cache = [(k.repeat_interleave(n, 0), v.repeat_interleave(n, 0)) for k, v in cache]
-        return logits_BV, cache
-
-    def _layers(self, tokens: Tensor, positions: Tensor, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """(b, s, H) normalised hidden states of (b, s) tokens at their positions; extends the cache."""
-        w, s = self.weights, self.shape
-        angle = positions[..., None].float() * self._frequency
-        cos, sin = angle.cos()[:, None].to(w["norm"].dtype), angle.sin()[:, None].to(w["norm"].dtype)
-        # A sequence sees its cached positions up to its own; what right padding left beyond them is masked out.
-        mask = torch.arange(int(positions.max()) + 1) <= positions[:, None, :, None]
-        x = w["embedding"][tokens]
-        for i, (keys, values) in enumerate(cache):
-            at = f"layers.{i}."
-            h = F.rms_norm(x, (s.hidden,), w[at + "attention_norm"], s.norm_eps)
-            a = self._attention(F.linear(h, w[at + "qkv"]), cos, sin, positions, keys, values, mask)
-            x = x + F.linear(a, w[at + "attention_out"])
-            h = F.rms_norm(x, (s.hidden,), w[at + "ffn_norm"], s.norm_eps)
-            gate, up = F.linear(h, w[at + "gate_up"]).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, w[at + "down"])
-        return F.rms_norm(x, (s.hidden,), w["norm"], s.norm_eps)
-
-    def _attention(self, qkv, cos, sin, positions, keys, values, mask) -> Tensor:
-        s = self.shape
-        b, length = positions.shape
-        heads = qkv.view(b, length, s.heads + 2 * s.kv_heads, s.head_dim).transpose(1, 2)
-        q, k, v = heads.split([s.heads, s.kv_heads, s.kv_heads], dim=1)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        if length == 1:
-            row = torch.arange(b)
-            keys[row, :, positions[:, 0]], values[row, :, positions[:, 0]] = k[:, :, 0], v[:, :, 0]
-        else:
-            keys[:, :, :length], values[:, :, :length] = k, v
-        seen = mask.shape[-1]
-        out = F.scaled_dot_product_attention(q, keys[:, :, :seen], values[:, :, :seen], attn_mask=mask, enable_gqa=True)
-        return out.transpose(1, 2).reshape(b, length, s.heads * s.head_dim)
-
-    def _logits(self, hidden_BH: Tensor) -> Tensor:
-        return F.linear(hidden_BH, self.weights["embedding" if self.shape.tied else "head"]).float()
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves convention (Su et al. 2021, arXiv:2104.09864, as Llama lays it out)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+def _stream_key(seed: int, sample: int, prompt: list[int]) -> int:
+    """The key of a sequence's random stream: a response depends on nothing else that is in the batch."""
+    words = np.asarray([seed, sample, *prompt], dtype=np.int64)
+    return int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "little")
 
 
 def _layout(shape: ModelShape) -> dict[str, list[tuple[str, int, int]]]:

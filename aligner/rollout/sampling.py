@@ -16,6 +16,10 @@ class Sampling:
     temperature: dimensionless; 0 takes the most likely token.
     top_p: keep the smallest set of tokens whose probability reaches top_p; 1 keeps all.
     top_k: keep the k most likely tokens; 0 keeps all.
+    min_p: keep tokens of at least min_p times the largest probability; 0 keeps all.
+    repetition_penalty: dimensionless; positive logits of tokens that the prompt or the response holds are divided by
+        it, negative ones multiplied; 1 changes nothing.
+    min_tokens: a stop token cannot come before that many tokens.
     max_tokens: length limit of a response, in tokens.
     stop: token ids that end a response; the stop token belongs to the response.
     seed: of the random streams; the same (seed, prompt, sample index) draws the same response in any batch.
@@ -24,6 +28,9 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
     max_tokens: int = 64
     stop: tuple[int, ...] = ()
     seed: int = 0
@@ -35,8 +42,16 @@ class Sampling:
             raise ValueError(f"Sampling: top_p is {self.top_p}, expected a value in (0, 1].")
         if self.top_k < 0:
             raise ValueError(f"Sampling: top_k is {self.top_k}, expected 0 (all tokens) or more.")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"Sampling: min_p is {self.min_p}, expected a value in [0, 1].")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"Sampling: repetition_penalty is {self.repetition_penalty}, expected more than 0.")
         if self.max_tokens < 1:
             raise ValueError(f"Sampling: max_tokens is {self.max_tokens}, expected 1 or more.")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"Sampling: min_tokens is {self.min_tokens}, expected 0 to max_tokens, which is {self.max_tokens}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +87,9 @@ class Response:
 
     prompt, sample: index of its prompt in the call, and which of that prompt's n samples it is.
     tokens: ids, the stop token included.
-    logprobs: nats; of each token under the distribution at the sampling temperature, before top-k and top-p cut it.
+    logprobs: nats; of each token under softmax(logits / temperature), temperature 1 when greedy: what the trainer
+        computes too, before penalties and cuts.
+    sampling_logprobs: nats; of each token under the distribution that it was drawn from, after penalties and cuts.
     finished: True when a stop token ended it, False at the length limit.
     """
 
@@ -80,6 +97,7 @@ class Response:
     sample: int
     tokens: list[int]
     logprobs: list[float]
+    sampling_logprobs: list[float]
     finished: bool
 
 

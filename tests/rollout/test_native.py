@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aligner.rollout.draw import Streams, draw
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from tests.conftest import save_llama
@@ -41,7 +40,7 @@ def test_greedy_equals_transformers_on_smollm2(smollm2: Path):
         assert found[i, 0].tokens == out.tolist()
 
 
-@pytest.mark.parametrize("kind", [{}, {"top_k": 12}, {"top_p": 0.7}, {"temperature": 1.7}])
+@pytest.mark.parametrize("kind", [{}, {"top_k": 12}, {"top_p": 0.7}, {"temperature": 1.7}, {"min_p": 0.1}])
 def test_first_token_frequencies_follow_the_softmax(tiny: Path, sampler: NativeSampler, kind: dict):
     prompt, count = [5, 99, 201, 17], 6000
     sampling = Sampling(**{"max_tokens": 1, "seed": 7, **kind})
@@ -57,6 +56,7 @@ def test_first_token_frequencies_follow_the_softmax(tiny: Path, sampler: NativeS
         keep[order[sampling.top_k :]] = False
     if sampling.top_p < 1:
         keep[order[1 + np.searchsorted(np.cumsum(p[order]), sampling.top_p) :]] = False
+    keep &= p >= sampling.min_p * p.max()
     q = np.where(keep, p, 0) / p[keep].sum()
     assert got[~keep].sum() == 0
     common = q * count >= 5  # chi-square wants five expected counts a cell; the rest share one
@@ -119,28 +119,3 @@ def test_errors_name_what_to_change(sampler: NativeSampler):
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampling(**bad)
-
-
-def test_streams_are_uniform_and_independent():
-    streams = Streams.of(3, [([1, 2, i], j) for i in range(100) for j in range(4)])
-    u = torch.stack([streams.uniforms(list(range(400)), step) for step in range(50)])
-    assert u.min() >= 0 and u.max() < 1
-    assert abs(float(u.mean()) - 0.5) < 0.01 and abs(float(u.var()) - 1 / 12) < 0.003
-    assert torch.corrcoef(u[:, :20].T).fill_diagonal_(0).abs().max() < 0.6
-    assert len(torch.unique(u)) == u.numel()
-
-
-@pytest.mark.parametrize("vocab", [1, 7, 256, 257, 1000])
-def test_draw_inverts_the_cumulative_distribution(vocab: int):
-    g = torch.Generator().manual_seed(vocab)
-    logits = torch.randn(64, vocab, generator=g, dtype=torch.float64).float()
-    logits[:, vocab // 2 + 1 :: 3] = -torch.inf
-    u = torch.rand(64, generator=g, dtype=torch.float64)
-    u[0], u[1] = 0.0, 1 - 2**-53
-    tokens, logprobs = draw(logits, Sampling(), u)
-    p = logits.double().softmax(-1)
-    cdf = p.cumsum(-1)
-    row = torch.arange(64)
-    assert (p[row, tokens] > 0).all()
-    assert (cdf[row, tokens] >= u - 1e-6).all() and (cdf[row, tokens] - p[row, tokens] <= u + 1e-6).all()
-    assert torch.allclose(logprobs.double(), p.log()[row, tokens], atol=1e-5)
