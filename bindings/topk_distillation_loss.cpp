@@ -54,11 +54,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_distillation_loss(const Tensor& 
 
 Tensor topk_distillation_loss_backward(const Tensor& logits, const Tensor& topk_ids, const Tensor& topk_logits,
                                        const std::optional<Tensor>& teacher_log_sum, const std::optional<Tensor>& mask,
-                                       double temperature, bool backward_kl, const Tensor& kl_, const Tensor& max_,
-                                       const Tensor& log_sum_, const Tensor& rest_, const Tensor& d_kl_) {
+                                       double temperature, bool backward_kl, const Tensor& max_, const Tensor& log_sum_,
+                                       const Tensor& rest_, const Tensor& d_kl_) {
   const Call call(OP, logits);
   const Inputs in = checked_inputs(call, logits, topk_ids, topk_logits, teacher_log_sum, mask);
-  const Tensor kl = checked(call, "kl", kl_, ScalarType::Float, {in.N});
   const Tensor max = checked(call, "max", max_, ScalarType::Float, {in.N});
   const Tensor log_sum = checked(call, "log_sum", log_sum_, ScalarType::Float, {in.N});
   const Tensor rest = checked(call, "rest", rest_, ScalarType::Float, {in.N});
@@ -67,7 +66,7 @@ Tensor topk_distillation_loss_backward(const Tensor& logits, const Tensor& topk_
   run<TopkDistillationLossBackwardParams>(
       call, topk_distillation_loss_backward_cpu, "topk_distillation_loss_backward",
       {in.logits.const_data_ptr(), data<int64_t>(in.topk_ids), data<float>(in.topk_logits),
-       data_or_null(in.teacher_log_sum), in.mask ? data<bool>(*in.mask) : nullptr, data<float>(kl), data<float>(max),
+       data_or_null(in.teacher_log_sum), in.mask ? data<bool>(*in.mask) : nullptr, data<float>(max),
        data<float>(log_sum), data<float>(rest), data<float>(d_kl), d_logits.mutable_data_ptr(), in.N, in.V, in.K,
        in.logits.stride(0), float(1 / temperature), backward_kl, in.dtype});
   return d_logits;
@@ -82,7 +81,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(aligner, m) {
       " Tensor? mask, float temperature, bool backward_kl) -> (Tensor kl, Tensor max, Tensor log_sum, Tensor rest)");
   m.def(
       "topk_distillation_loss_backward(Tensor logits, Tensor topk_ids, Tensor topk_logits, Tensor? teacher_log_sum,"
-      " Tensor? mask, float temperature, bool backward_kl, Tensor kl, Tensor max, Tensor log_sum, Tensor rest, Tensor "
+      " Tensor? mask, float temperature, bool backward_kl, Tensor max, Tensor log_sum, Tensor rest, Tensor "
       "d_kl)"
       " -> Tensor");
 }

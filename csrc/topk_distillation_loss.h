@@ -39,7 +39,6 @@ struct TopkDistillationLossBackwardParams {
   const float* topk_logits;      // as above
   const float* teacher_log_sum;  // as above
   const bool* mask;              // as above
-  const float* kl;               // [N] as above
   const float* max;              // [N] as above
   const float* log_sum;          // [N] as above
   const float* rest;             // [N] as above

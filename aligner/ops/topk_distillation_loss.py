@@ -104,13 +104,13 @@ def topk_distillation_loss(
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.temperature, ctx.backward_kl = inputs
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *output[1:])
 
 
 def _backward(ctx, d_kl, *_):
-    *tensors, kl, maximum, log_sum, rest = ctx.saved_tensors
+    *tensors, maximum, log_sum, rest = ctx.saved_tensors
     d_logits = torch.ops.aligner.topk_distillation_loss_backward(
-        *tensors, ctx.temperature, ctx.backward_kl, kl, maximum, log_sum, rest, d_kl.contiguous()
+        *tensors, ctx.temperature, ctx.backward_kl, maximum, log_sum, rest, d_kl.contiguous()
     )
     return d_logits, *([None] * 6)
 

@@ -86,7 +86,6 @@ aligner::TopkDistillationLossParams forward(const Case& c, const Inputs& in, con
 }
 aligner::TopkDistillationLossBackwardParams backward(const Case& c, const Inputs& in, const Outputs& out, void* d) {
   auto p = params_of<aligner::TopkDistillationLossBackwardParams>(c, in);
-  p.kl = out.kl.data();
   p.max = out.max.data();
   p.log_sum = out.log_sum.data();
   p.rest = out.rest.data();

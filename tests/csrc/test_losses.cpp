@@ -131,9 +131,9 @@ void distillation(int64_t n) {
   aligner::topk_distillation_loss_cpu({logits.data(), &id, top.data(), &teacher_log_sum, nullptr, kl.data(), max.data(),
                                        log_sum.data(), rest.data(), 1, n, 1, n, 1.f, false, aligner::Dtype::float32});
   expect("distillation", kl[0], 0, 1e-6);
-  aligner::topk_distillation_loss_backward_cpu({logits.data(), &id, top.data(), &teacher_log_sum, nullptr, kl.data(),
-                                                max.data(), log_sum.data(), rest.data(), one.data(), d.data(), 1, n, 1,
-                                                n, 1.f, false, aligner::Dtype::float32});
+  aligner::topk_distillation_loss_backward_cpu({logits.data(), &id, top.data(), &teacher_log_sum, nullptr, max.data(),
+                                                log_sum.data(), rest.data(), one.data(), d.data(), 1, n, 1, n, 1.f,
+                                                false, aligner::Dtype::float32});
   expect("distillation gradient", d[n - 1], 0, 1e-6);
 }
 
