@@ -34,8 +34,20 @@ void compare(Random& random) {
   compare_one(random, 301, 9);
   compare_one(random, 300, 120);
   compare_one(random, 64, 1000);
+  compare_one(random, 3000, 8);
+  compare_one(random, 5000, 3000);  // longer than what a block holds
 }
 
-const Cases cases("group_advantages", compare);
+void large() {
+  constexpr int64_t B = 1 << 17;
+  const Array<float> rewards(B, 1.f), advantages(B);
+  const Array<int64_t> groups(B);
+  for (int64_t i = 0; i < B; ++i) groups[i] = i / 7;  // some begin in one block and end in the next
+  minimum("group_advantages_groups", B * 12, B * 4);
+  run(aligner_group_advantages_cuda,
+      aligner::GroupAdvantagesParams{rewards.data(), groups.data(), advantages.data(), B, GroupAdvantage::grpo});
+}
+
+const Cases cases("group_advantages", compare, large);
 
 }  // namespace

@@ -128,6 +128,12 @@ WRONG_NUMBERS = {
         "if (others) return first + __ffs(int(others)) - 1;",
         "return first + (others ? __ffs(int(others)) - 1 : WARP);",
     ),
+    "group_advantages: overwrites the last group of the block before": (
+        "group_advantages",
+        "group_advantages.cu",
+        "store_if(i >= mine,",
+        "store_if(true,",
+    ),
     "group_advantages: only the first group of a window": (
         "group_advantages",
         "group_advantages.cu",
@@ -186,6 +192,12 @@ WRONG_NUMBERS = {
 
 # What the thread sanitizer finds.
 RACES = {
+    "group_advantages: no barrier before the window is written back": (
+        "group_advantages",
+        "group_advantages.cu",
+        "earliest[threadIdx.x / WARP] = of_warp;\n  __syncthreads();",
+        "earliest[threadIdx.x / WARP] = of_warp;",
+    ),
     "block_reduce: no barrier before the parts are read": (
         "policy_loss",
         "cuda_kernel.cuh",
