@@ -33,7 +33,10 @@ static void spread_sequence(const SegmentSumBackwardParams& p, int64_t b) {
     for (int64_t i = begin; i < end; ++i) tokens += p.mask[i];
   }
   const float d = p.mean && tokens > 1 ? float(double(p.d_result[b]) / tokens) : p.d_result[b];
-  for (int64_t i = begin; i < end; ++i) p.d_x[i] = !p.mask || p.mask[i] ? d : 0.f;
+  for (int64_t i = begin; i < end; i += LANES) {
+    const vfloat w = load_weights(p.mask, nullptr, i, end - i);
+    store_some<Float32>(p.d_x + i, keep(w, splat(d)), end - i);
+  }
 }
 
 void segment_sum_backward_cpu(const SegmentSumBackwardParams& p) {

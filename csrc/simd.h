@@ -42,6 +42,10 @@ struct Float32 {
     return v;
   }
   ALIGNER_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
+  ALIGNER_INLINE void store_two(float* p, vfloat a, vfloat b) {
+    store(p, a);
+    store(p + LANES, b);
+  }
   ALIGNER_INLINE float get(const float* p) { return *p; }
 };
 
@@ -72,10 +76,30 @@ ALIGNER_INLINE void store_ushort(uint16_t* p, vint v) {  // 0 <= v < 2^16
 struct Bfloat16 {
   using T = uint16_t;
   ALIGNER_INLINE vfloat load(const uint16_t* p) { return (vfloat)(load_ushort(p) << 16); }
-  ALIGNER_INLINE void store(uint16_t* p, vfloat v) {  // round to nearest even; a NaN stays one
+  ALIGNER_INLINE vint round(vfloat v) {  // to nearest even, in the upper halves; a NaN stays one
     const vint u = (vint)v;
+#if defined(__AVX512F__)
+    const __m512i x = (__m512i)u, below = _mm512_add_epi32(x, _mm512_set1_epi32(0x7fff));
+    const __mmask16 odd = _mm512_test_epi32_mask(x, _mm512_set1_epi32(0x10000));
+    const __m512i rounded = _mm512_mask_sub_epi32(below, odd, below, _mm512_set1_epi32(-1));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    return (vint)_mm512_mask_or_epi32(rounded, nan, x, _mm512_set1_epi32(0x400000));
+#else
     const vint rounded = u + 0x7fff + ((u >> 16) & 1);
-    store_ushort(p, ((v == v ? rounded : u | 0x400000) >> 16) & 0xffff);
+    return v == v ? rounded : u | 0x400000;
+#endif
+  }
+  ALIGNER_INLINE void store(uint16_t* p, vfloat v) { store_ushort(p, (round(v) >> 16) & 0xffff); }
+  ALIGNER_INLINE void store_two(uint16_t* p, vfloat a, vfloat b) {
+#if defined(__AVX512F__)  // one permutation takes the upper halves of both
+    typedef int16_t vshorts __attribute__((vector_size(64)));
+    const vshorts upper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                           33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)round(a), (__m512i)upper, (__m512i)round(b)));
+#else
+    store(p, a);
+    store(p + LANES, b);
+#endif
   }
   ALIGNER_INLINE float get(const uint16_t* p) {
     const uint32_t u = uint32_t(*p) << 16;
@@ -111,6 +135,10 @@ struct Float16 {
     store_ushort(p, bits | sign);
   }
 #endif
+  ALIGNER_INLINE void store_two(uint16_t* p, vfloat a, vfloat b) {
+    store(p, a);
+    store(p + LANES, b);
+  }
   ALIGNER_INLINE float get(const uint16_t* p) {
     uint16_t t[LANES] = {*p};
     return load(t)[0];

@@ -136,8 +136,7 @@ ALIGNER_INLINE void gradient_row(const RowGradient& g, const typename D::T* x, t
   for (; i + 2 * LANES <= count; i += 2 * LANES) {
     vfloat y0 = (D::load(x + i) - max) * k + shift, y1 = (D::load(x + i + LANES) - max) * k + shift;
     const vfloat p0 = exp2_or_zero<sixteen_bit>(y0), p1 = exp2_or_zero<sixteen_bit>(y1);
-    D::store(dx + i, p0 * (b * y0 + a));
-    D::store(dx + i + LANES, p1 * (b * y1 + a));
+    D::store_two(dx + i, p0 * (b * y0 + a), p1 * (b * y1 + a));
   }
   for (; i < count; i += LANES) {
     vfloat y = (load_some<D>(x + i, count - i, -INFINITY) - max) * k + shift;

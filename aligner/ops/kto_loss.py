@@ -81,6 +81,7 @@ def kto_loss(
 
 def _setup_context(ctx, inputs, output) -> None:
     _, stats, d_policy = output
+    ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
     ctx.mark_non_differentiable(stats, d_policy)
     ctx.save_for_backward(d_policy)
 

@@ -157,6 +157,7 @@ def policy_loss(
 
 def _setup_context(ctx, inputs, output) -> None:
     _, stats, d_logprobs, d_entropy = output
+    ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
     ctx.mark_non_differentiable(stats, d_logprobs, d_entropy)
     ctx.save_for_backward(d_logprobs, d_entropy)
     entropy, entropy_coef = inputs[6], inputs[11]

@@ -172,6 +172,7 @@ def preference_loss(
 
 def _setup_context(ctx, inputs, output) -> None:
     _, stats, d_chosen, d_rejected = output
+    ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
     ctx.mark_non_differentiable(stats, d_chosen, d_rejected)
     ctx.save_for_backward(d_chosen, d_rejected)
 

@@ -103,6 +103,7 @@ def topk_distillation_loss(
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.temperature, ctx.backward_kl = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
 

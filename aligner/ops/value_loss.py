@@ -93,6 +93,7 @@ def value_loss(
 
 def _setup_context(ctx, inputs, output) -> None:
     _, stats, d_values = output
+    ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
     ctx.mark_non_differentiable(stats, d_values)
     ctx.save_for_backward(d_values)
 
