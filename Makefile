@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup ppo test test-gpu lint format bench clean
+.PHONY: setup ppo test test-unit test-gpu lint format bench clean
 
 setup: .venv/.installed
 
@@ -22,6 +22,9 @@ ppo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests -n 2
+
+test-unit: setup
+	$(BIN)/python -m pytest tests -n 2 -m "not slow"
 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp csrc/engine/*.h csrc/engine/*.cpp bindings/engine/*.cpp tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
 

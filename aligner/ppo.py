@@ -41,6 +41,7 @@ from aligner.models.shape import ModelShape
 from aligner.refit.plan import Plan, compile_plan
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import SamplingConfig
+from aligner.rollout.scoring import sample_and_score
 from aligner.rollout.transcript import Transcript
 from aligner.run import config as options
 from aligner.run import distributed
@@ -111,9 +112,10 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
 
     with timers("sample"):
         sampling = c.sampling.sampling(seed, run.transcript.stop)
-        rollout = run.sampler.generate([list(p.tokens) for p in prompts], sampling, n=b.samples_per_prompt)
-    texts = run.transcript.texts(prompts, rollout)
-    rewards = run.reward.submit(*texts)  # runs beside the log-probabilities
+        scored = sample_and_score(
+            run.sampler, prompts, sampling, b.samples_per_prompt, run.transcript, run.reward.submit
+        )
+        rollout = scored.rollout
     with timers("values"):
         values = run.critic.infer(rollout)
     with timers("logprobs"):
@@ -121,7 +123,7 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
     with timers("reference"):
         reference_N = run.policy.infer_reference(rollout)
     with timers("reward_wait"):
-        rewards_B = torch.tensor(rewards.result())
+        rewards_B = scored.rewards()
     with timers("estimate"):
         policy_batch, value_batch = estimate(c, rollout, rewards_B, logprobs_N, reference_N, values.result())
 
@@ -142,7 +144,7 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
         "sampled_tokens_per_second": int(rollout.action_mask_N.sum()) / times["time/sample"],
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    return metrics, run.transcript.rows(number, "train", texts, rewards_B)
+    return metrics, run.transcript.rows(number, "train", scored.texts, rewards_B)
 
 
 def estimate(
@@ -188,14 +190,13 @@ def evaluate(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
     if not prompts:
         return {}, []
     sampling = c.sampling.sampling(c.seed, run.transcript.stop)
-    rollout = run.sampler.generate([list(p.tokens) for p in prompts], sampling)
-    texts = run.transcript.texts(prompts, rollout)
-    rewards_B = torch.tensor(run.reward.submit(*texts).result())
+    scored = sample_and_score(run.sampler, prompts, sampling, 1, run.transcript, run.reward.submit)
+    rollout, rewards_B = scored.rollout, scored.rewards()
     log_ratio_N = torch.zeros_like(rollout.sampler_logprobs_N)
     if run.sampler.weights_version:  # before the first update the policy is the reference
         log_ratio_N = run.policy.infer(rollout)[0] - run.policy.infer_reference(rollout)
     metrics = rollout_statistics(rollout, rewards_B, log_ratio_N, prefix="eval/")
-    return metrics, run.transcript.rows(number, "eval", texts, rewards_B)
+    return metrics, run.transcript.rows(number, "eval", scored.texts, rewards_B)
 
 
 def setup(config: Config) -> tuple[Run, RunDirectory, int]:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from aligner._engine import Engine
 from aligner.checkpoint.huggingface import Weights
-from aligner.data.batch import Rollout, pack_rollout
+from aligner.data.batch import Rollout
 from aligner.models.shape import ModelShape
 from aligner.models.weights import entry, fill
-from aligner.rollout.sampling import Response, Sampling
+from aligner.rollout.sampling import Response, Sampling, pack_responses
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -71,14 +71,7 @@ class NativeSampler:
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, n: int = 1) -> Rollout:
         """n responses to each prompt (token ids), as one packed Rollout ordered by prompt, then sample."""
-        responses = sorted(self.stream(prompts, sampling, n), key=lambda r: (r.prompt, r.sample))
-        return pack_rollout(
-            [prompts[r.prompt] for r in responses],
-            [r.tokens for r in responses],
-            [r.logprobs for r in responses],
-            [r.finished for r in responses],
-            self.weights_version,
-        )
+        return pack_responses(prompts, list(self.stream(prompts, sampling, n)), self.weights_version)
 
     def stream(self, prompts: list[list[int]], sampling: Sampling, n: int = 1) -> Iterator[Response]:
         """The same responses one by one, as they finish. Closing the iterator cancels those that have not.

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from aligner.data.batch import Rollout
+from aligner.data.batch import Rollout, pack_rollout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,18 @@ class Response:
     logprobs: list[float]
     sampling_logprobs: list[float]
     finished: bool
+
+
+def pack_responses(prompts: list[list[int]], responses: list[Response], weights_version: int) -> Rollout:
+    """One packed Rollout, ordered by prompt, then sample, of responses in any order."""
+    ordered = sorted(responses, key=lambda r: (r.prompt, r.sample))
+    return pack_rollout(
+        [prompts[r.prompt] for r in ordered],
+        [r.tokens for r in ordered],
+        [r.logprobs for r in ordered],
+        [r.finished for r in ordered],
+        weights_version,
+    )
 
 
 class Sampler(Protocol):

@@ -2,10 +2,7 @@
 
 from torch import Tensor
 
-from aligner.data.batch import Rollout, response_tokens
-from aligner.data.prompts import Prompt
-
-Texts = tuple[list[str], list[str], list[dict]]
+Texts = tuple[list[str], list[str], list[dict]]  # prompts, responses, metadata; one entry a sequence
 
 
 class Transcript:
@@ -15,11 +12,9 @@ class Transcript:
         self.tokenizer = tokenizer
         self.stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
-    def texts(self, prompts: list[Prompt], rollout: Rollout) -> Texts:
-        """(prompts, responses, metadata), one entry a sequence; special tokens are left out of responses."""
-        responses = [self.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in response_tokens(rollout)]
-        each = [prompt for prompt in prompts for _ in range(len(responses) // len(prompts))]
-        return [p.text for p in each], responses, [p.metadata for p in each]
+    def decode(self, tokens: list[int]) -> str:
+        """A response's text; special tokens are left out."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     @staticmethod
     def rows(step: int, split: str, texts: Texts, rewards_B: Tensor) -> list[dict]:

@@ -37,7 +37,7 @@ def assert_greedy(model, prompts: list[list[int]], found: dict) -> int:
     ties = 0
     for i, prompt in enumerate(prompts):
         tokens = found[i, 0].tokens
-        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+        logits = model(torch.tensor([prompt + tokens]), logits_to_keep=len(tokens) + 1).logits[0, :-1].float()
         short = logits.max(-1).values - logits[torch.arange(len(tokens)), tokens]
         assert short.max() < 1e-4, (i, short)
         ties += int((short > 0).sum())
@@ -61,14 +61,19 @@ def test_head_dimensions_that_fill_no_vector(tmp_path, head_dim: int):
     assert assert_greedy(AutoModelForCausalLM.from_pretrained(folder).eval(), prompts, found) == 0
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers_on_real_prompts(smollm2: Path):
+    """200 openings of film reviews, 4 to 100 tokens. Given what came before, every token is transformers' first choice,
+    so by induction transformers generates the same."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    texts = [review.text for review in labelled_reviews()[::2000]]
-    prompts = [tokenizer(text)["input_ids"][: 5 + 3 * i] for i, text in enumerate(texts)]
-    sampling = Sampling(temperature=0, max_tokens=8, stop=(tokenizer.eos_token_id,))
+    texts = [review.text for review in labelled_reviews()[::125]][:200]
+    prompts = [tokenizer(text)["input_ids"][: 4 + 37 * i % 97] for i, text in enumerate(texts)]
+    assert len(prompts) == 200 and len({len(p) for p in prompts}) > 60
+    sampling = Sampling(temperature=0, max_tokens=16, stop=(tokenizer.eos_token_id,))
     found = responses(NativeSampler.from_pretrained(smollm2), prompts, sampling)
     ties = assert_greedy(AutoModelForCausalLM.from_pretrained(smollm2).eval(), prompts, found)
-    assert ties <= 2
+    print(f"{sum(len(r.tokens) for r in found.values())} tokens, {ties} ties within 1e-4 nats")
+    assert ties <= 4
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-4), ("bfloat16", 2e-2)])
