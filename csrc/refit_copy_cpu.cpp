@@ -42,7 +42,7 @@ static uint64_t copy_tile(const RefitItem& item, int64_t row, int64_t rows, int6
   for (int64_t r = row; r < row + rows; ++r) {
     const char* from = static_cast<const char*>(item.source) + (r * item.source_pitch + column) * source_bytes;
     char* to = static_cast<char*>(item.destination) + (r * item.destination_pitch + column) * bytes;
-    copy_run(item, from, to, count);
+    if (from != to) copy_run(item, from, to, count);  // an item that is its own source is only summed up
     if (!sum) continue;
     const int64_t first = r * item.columns + column;
     total += bytes == 4 ? checksum<uint32_t>(to, count, first) : checksum<uint16_t>(to, count, first);

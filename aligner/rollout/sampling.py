@@ -1,10 +1,8 @@
 """What every sampler takes and gives."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
-
-from torch import Tensor
 
 from aligner.data.batch import Rollout
 
@@ -114,10 +112,10 @@ class Sampler(Protocol):
         """The same responses one by one, as they finish."""
         ...
 
-    def manifest(self) -> list[dict]:
-        """Where its parameters stand in the Hugging Face checkpoint (see refit.plan)."""
+    def manifest(self) -> dict:
+        """Where its parameters stand in the Hugging Face checkpoint (see models.weights)."""
         ...
 
-    def refit(self, plan, source: Callable[[str], Tensor], version: int) -> None:
-        """Overwrite its weights by executing `plan` from `source(name)`; `version` becomes weights_version."""
+    def refit(self, plan, source, version: int) -> None:
+        """Overwrite its weights by executing `plan` from `source` (refit.plan); `version` becomes weights_version."""
         ...
