@@ -80,6 +80,14 @@ def test_checksum_sees_what_changes(isa):
     assert len(set(sums.tolist())) == 3
 
 
+def test_a_destination_that_is_its_own_source_is_only_summed_up(isa):
+    x, wide = numbers(300, 130), numbers(40, 70, dtype=torch.bfloat16)
+    before, views = [x.clone(), wide.clone()], [x, wide[:, 3:50]]
+    copied = ops.refit_copy(views, [torch.empty_like(v) for v in views], checksum=True, impl="cpp")
+    assert torch.equal(ops.refit_copy(views, views, checksum=True, impl="cpp"), copied)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(before, [x, wide], strict=True))
+
+
 def test_errors():
     x, y = torch.randn(4, 6), torch.zeros(4, 6)
     with pytest.raises(RuntimeError, match=r"sources\[0\] is CPU Float of shape \[4, 6\], destinations.*one shape"):

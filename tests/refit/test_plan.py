@@ -1,13 +1,16 @@
 """The refit plan: every destination row once, from the right source, for any pair of layouts."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from aligner.models.lora import LowRank
 from aligner.models.weights import entry, manifest
 from aligner.refit.plan import compile_plan
-from aligner.rollout.native import NativeSampler
+from aligner.rollout.native import DTYPES, NativeSampler
 from aligner.rollout.sampling import Sampling
 from tests.conftest import save_llama
 from tests.models.test_policy import make_policy
@@ -124,3 +127,69 @@ def test_export_is_the_inverse_of_import(tmp_path: Path):
     exported = dict(policy.hugging_face())
     assert exported.keys() == policy.shape.tensors().keys()
     assert all(torch.equal(t, read(name)) for name, t in exported.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_merged_tile_by_tile(dtype: str):
+    g, rows, columns, rank = torch.Generator().manual_seed(0), 5003, 301, 7
+    w, b, a = (torch.randn(s, generator=g) for s in ((rows, columns), (rows, rank), (rank, columns)))
+    truth = w.double() + 0.3 * b.double() @ a.double()
+    model, low = {"x": (4100, columns), "y": (903, columns)}, LowRank(w, b, a, 0.3)
+    source = Parameters(model, [entry("w", w, [("y", 0, 500), ("x", 0, 4100), ("y", 500, 403)])], {"w": low})
+    into = {
+        "p": torch.full((4100, columns), torch.nan, dtype=DTYPES[dtype]),
+        "q": torch.full((903, columns), torch.nan, dtype=DTYPES[dtype]),
+    }
+    plan = compile_plan(
+        source.manifest(),
+        manifest(model, [entry("p", into["p"], [("x", 0, 4100)]), entry("q", into["q"], [("y", 0, 903)])]),
+    )
+    plan.execute(source, into)
+    got = torch.cat([into["q"][:500], into["p"], into["q"][500:]])
+    if dtype == "float32":
+        assert ((got - truth).abs() <= 1e-6 * (1 + truth.abs())).all()
+    else:
+        assert ((got.double() - truth).abs() <= 2**-8 * truth.abs() + 1e-6).all()
+    with pytest.raises(ValueError, match=r"adapter of \[5003, 7\] x \[7, 300\], expected factors of \[5003, 301\]"):
+        bad = Parameters(model, source.manifest()["tensors"], {"w": LowRank(w, b, a[:, :300], 0.3)})
+        plan.preflight(bad, manifest(model, list(plan.destinations.values())), into)
+
+
+MEASURE = """
+import pathlib, torch
+from aligner.models.lora import LowRank
+from aligner.models.weights import entry, manifest
+from aligner.refit.plan import compile_plan
+torch.set_num_threads(2)
+
+class Source:
+    def __init__(self, rows):
+        w = torch.ones(rows, 1024)
+        self.low = LowRank(w, torch.ones(rows, 16), torch.ones(16, 1024), 0.5)
+        self.entries = [entry("w", w, [("x", 0, rows)])]
+        self.manifest = lambda: manifest({"x": w.shape}, self.entries)
+    def weight(self, name):
+        return self.low
+
+def refit(rows):
+    source, into = Source(rows), {"w": torch.ones(rows, 1024)}
+    plan = compile_plan(source.manifest(), source.manifest())
+    return lambda: plan.execute(source, into)
+
+def status(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+refit(2048)()
+call = refit(65536)
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+call()
+print(status("VmHWM") - before)
+"""
+
+
+def test_merging_holds_one_tile_more():
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    extra = int(done.stdout)
+    assert extra < 4 << 20, extra  # the weight has 256 MiB, a tile 1 MiB
