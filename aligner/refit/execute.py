@@ -10,7 +10,7 @@ from aligner import ops
 from aligner.models.lora import LowRank
 from aligner.models.weights import window
 
-TILE = 1 << 18  # elements of a merged tile, 1 MiB: it stays in the cache between the product and the copy
+TILE = 1 << 19  # elements of a merged tile, 2 MiB: it stays in the cache between the product and the copy
 
 
 class Written(NamedTuple):
@@ -52,32 +52,44 @@ def check(item: dict, weight: Tensor | LowRank | None, side: str) -> None:
 
 @torch.no_grad()
 def write(copies: Sequence, weight: Callable[[str], Tensor | LowRank], destination: dict[str, Tensor]) -> list[Written]:
-    """Execute copies (refit.plan.Copy): plain ones in one call, adapters merged tile by tile."""
-    sources, views, names, written = [], [], [], []
+    """Execute copies (refit.plan.Copy): plain ones in one call, those of a weight under an adapter by tiles of it."""
+    sources, into, adapted = [], [], {}
     for copy in copies:
-        from_, into = weight(copy.source), window(destination[copy.destination], copy.destination_at, copy.size)
-        if isinstance(from_, LowRank):
-            written += _write_merged(from_.window(copy.source_at, copy.size), into, copy.destination)
+        held = weight(copy.source)
+        if isinstance(held, LowRank):
+            adapted.setdefault(copy.source, (held, []))[1].append(copy)
         else:
-            sources.append(window(from_, copy.source_at, copy.size))
-            views.append(into)
-            names.append(copy.destination)
-    if views:
-        sums = ops.refit_copy(sources, views, checksum=True).tolist()
-        written += [Written(*row) for row in zip(names, views, sums, strict=True)]
+            sources.append(window(held, copy.source_at, copy.size))
+            into.append((copy.destination, window(destination[copy.destination], copy.destination_at, copy.size)))
+    written = _copy(sources, into)
+    for held, its_copies in adapted.values():
+        written += _write_merged(held, its_copies, destination)
     return written
 
 
-def _write_merged(weight: LowRank, into: Tensor, name: str) -> list[Written]:
-    rows, columns = into.shape
+def _copy(sources: Sequence[Tensor], into: Sequence[tuple[str, Tensor]]) -> list[Written]:
+    if not sources:
+        return []
+    sums = ops.refit_copy(sources, [view for _, view in into], checksum=True).tolist()
+    return [Written(name, view, checksum) for (name, view), checksum in zip(into, sums, strict=True)]
+
+
+def _write_merged(weight: LowRank, copies: Sequence, destination: dict[str, Tensor]) -> list[Written]:
+    rows, columns = weight.base.shape
     step = max(1, TILE // columns)
-    tile = torch.empty(min(step, rows), columns, dtype=weight.base.dtype)
-    written = []
+    tile, written = weight.base.new_empty(min(step, rows), columns), []
     for row in range(0, rows, step):
-        size = (min(step, rows - row), columns)
-        merged, view = tile[: size[0]], into.narrow(0, row, size[0])
-        weight.window((row, 0), size).merged(out=merged)
-        written.append(Written(name, view, ops.refit_copy([merged], [view], checksum=True).item()))
+        merged = tile[: min(step, rows - row)]
+        weight.window((row, 0), merged.shape).merged(out=merged)
+        sources, into = [], []
+        for c in copies:
+            low, high = max(row, c.source_at[0]), min(row + len(merged), c.source_at[0] + c.size[0])
+            if low < high:
+                size = (high - low, c.size[1])
+                at = (c.destination_at[0] + low - c.source_at[0], c.destination_at[1])
+                sources.append(window(merged, (low - row, c.source_at[1]), size))
+                into.append((c.destination, window(destination[c.destination], at, size)))
+        written += _copy(sources, into)
     return written
 
 
