@@ -133,7 +133,7 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
     with timers("train_policy"):
         policy_stats = [update(run, policy_batch.take(sequences)) for sequences in order]
     with timers("refit"):
-        run.sampler.refit(run.plan, run.policy.weight, version=number)
+        run.sampler.refit(run.plan, run.policy, version=number)
 
     metrics = rollout_statistics(rollout, rewards_B, logprobs_N - reference_N)
     metrics |= estimate_statistics(policy_batch, value_batch, logprobs_N, entropy_N)
@@ -230,7 +230,7 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
         critic.load_state_dict(checkpoint["critic"])
         directory.truncate(start or -1)  # a run that was stopped before its first step evaluates again
     plan = compile_plan(policy.manifest(), sampler.manifest())
-    sampler.refit(plan, policy.weight, version=start)
+    sampler.refit(plan, policy, version=start)
     run = Run(
         config=config,
         folder=folder,

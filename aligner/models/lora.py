@@ -6,10 +6,14 @@ Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from aligner.models.weights import window
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -29,6 +33,23 @@ class LoRAConfig:
         unknown = sorted(set(self.targets) - set(LINEARS))
         if unknown or not self.targets:
             raise ValueError(f"lora.targets has {unknown or 'nothing'}, expected names out of {', '.join(LINEARS)}.")
+
+
+class LowRank(NamedTuple):
+    """A weight under its adapter, not computed yet: base + scale * b @ a."""
+
+    base: Tensor
+    b: Tensor
+    a: Tensor
+    scale: float
+
+    def window(self, at: Sequence[int], size: Sequence[int]) -> "LowRank":
+        """The box of `size` at `at`, as views."""
+        b, a = self.b.narrow(0, at[0], size[0]), self.a.narrow(1, at[1], size[1])
+        return LowRank(window(self.base, at, size), b, a, self.scale)
+
+    def merged(self, out: Tensor | None = None) -> Tensor:
+        return torch.addmm(self.base, self.b, self.a, alpha=self.scale, out=out)
 
 
 class LoRA(nn.Module):
@@ -52,9 +73,9 @@ class LoRA(nn.Module):
         down = nn.functional.linear(inputs[0], self.a).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), down, self.b.T, alpha=self.scale).view_as(y), bias
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def over(self, weight: Tensor) -> LowRank:
         """W + (alpha / rank) B A."""
-        return torch.addmm(weight, self.b, self.a, alpha=self.scale)
+        return LowRank(weight, self.b.detach(), self.a.detach(), self.scale)
 
 
 def attach(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -> dict[str, LoRA]:

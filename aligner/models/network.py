@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aligner.models import cpu, gpt, lora
 from aligner.models.microbatch import Layout, split
 from aligner.models.shape import ModelShape
-from aligner.models.weights import entry, fill, megatron_parts
+from aligner.models.weights import fill, manifest, megatron_entry
 
 Stats = dict[str, Tensor]
 Head = Callable[[Tensor, Layout], Tensor | tuple[Tensor, ...]]
@@ -68,8 +68,8 @@ class Network:
         if value_head and not shape.tied:
             del model.output_layer
         parameters = dict(model.named_parameters())
-        self.manifest = [entry(name, p, megatron_parts(name, shape)) for name, p in parameters.items()]
-        fill(self.manifest, parameters, read)
+        self.manifest = manifest(shape.tensors(), [megatron_entry(name, p, shape) for name, p in parameters.items()])
+        fill(self.manifest["tensors"], parameters, read)
         self.base = {name: p.detach() for name, p in parameters.items()}
         self.adapters = {}
         if adapters.rank:
@@ -176,10 +176,10 @@ class Network:
             forward_only=forward_only,
         )
 
-    def weight(self, name: str) -> Tensor:
-        """The parameter `name` as sampled and exported: with its adapter merged in."""
+    def weight(self, name: str) -> Tensor | lora.LowRank:
+        """The parameter `name` as it is sampled and exported: under its adapter, which whoever reads it merges."""
         adapter = self.adapters.get(name.removesuffix(".weight"))
-        return self.base[name] if adapter is None else adapter.merged(self.base[name])
+        return self.base[name] if adapter is None else adapter.over(self.base[name])
 
     def state_dict(self) -> dict:
         """What training changes: trainable parameters, optimizer, schedule."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aligner import ops
-from aligner.models.lora import LoRAConfig
+from aligner.models.lora import LoRAConfig, LowRank
 from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig, Stats
 from aligner.models.shape import ModelShape
@@ -80,18 +80,22 @@ class Policy:
                 for name, tensor in trained.items():
                     base[name].copy_(tensor)
 
-    def manifest(self) -> list[dict]:
+    def manifest(self) -> dict:
         """The parameters that the sampler needs, in Hugging Face coordinates (see models.weights)."""
         return self.network.manifest
 
-    @torch.no_grad()
-    def weight(self, name: str) -> Tensor:
-        """The parameter `name` of the manifest, adapters merged in."""
+    def weight(self, name: str) -> Tensor | LowRank:
+        """The parameter `name` of the manifest, with its adapter beside it."""
         return self.network.weight(name)
 
     def hugging_face(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the Hugging Face checkpoint of the policy as it stands, adapters merged in."""
-        return export(self.network.manifest, self.weight, self.shape)
+
+        def read(name: str) -> Tensor:
+            weight = self.weight(name)
+            return weight.merged() if isinstance(weight, LowRank) else weight
+
+        return export(self.manifest()["tensors"], read, self.shape)
 
     def state_dict(self) -> dict:
         return self.network.state_dict()

@@ -1,73 +1,140 @@
-"""Where each row of a Megatron-core parameter stands in the Hugging Face checkpoint: for import, export, refit.
+"""Where each part of a parameter stands in the Hugging Face checkpoint: for import, export, refit.
 
-A manifest is a list of plain JSON entries {"name", "shape", "dtype", "segments"}; a segment
-{"tensor", "start", "at", "rows"} says that rows [at, at + rows) of the parameter are rows [start, start + rows) of the
-Hugging Face tensor.
+A manifest is plain JSON: {"model": {Hugging Face name: shape}, "tensors": [entry, ...], "digest": its SHA-256}. An
+entry {"name", "shape", "dtype", "segments"} cuts one parameter into boxes. The segment {"tensor", "start", "at",
+"size"} says that the box of `size` (rows, columns) at `at` in the parameter is the box at `start` of the Hugging Face
+tensor; where "tensor" is null it is padding and stands nowhere.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from aligner.models.shape import ModelShape
 
+Part = tuple[str | None, int, int]  # Hugging Face name (None: padding), first row or column, how many
 
-def entry(name: str, tensor: Tensor, parts: list[tuple[str, int, int]]) -> dict:
-    """A manifest entry for `tensor`, filled from top to bottom by parts (Hugging Face name, first row, rows)."""
+
+def manifest(model: dict[str, Sequence[int]], tensors: list[dict]) -> dict:
+    """The manifest of one side: the checkpoint's tensors, and this side's parameters as entries."""
+    body = {"model": {name: list(size) for name, size in model.items()}, "tensors": tensors}
+    return body | {"digest": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
+def join(manifests: Sequence[dict]) -> dict:
+    """One manifest of all ranks; the parameter `name` of the rank i becomes `i/name`."""
+    if any(m["model"] != manifests[0]["model"] for m in manifests):
+        raise ValueError("refit: the ranks' manifests are of different models; start all ranks on the same one.")
+    tensors = [item | {"name": f"{i}/{item['name']}"} for i, m in enumerate(manifests) for item in m["tensors"]]
+    return manifest(manifests[0]["model"], tensors)
+
+
+def entry(name: str, tensor: Tensor, parts: Sequence[Part], axis: int = 0) -> dict:
+    """The entry of `tensor`, which the parts fill from top to bottom, or with axis 1 from left to right."""
     segments, at = [], 0
-    for source, start, rows in parts:
-        segments.append({"tensor": source, "start": start, "at": at, "rows": rows})
-        at += rows
-    if at != tensor.shape[0]:
-        raise ValueError(f"manifest of {name}: segments fill {at} rows, expected {tensor.shape[0]}.")
-    return {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype), "segments": segments}
+    for source, start, count in parts:
+        size, origin, first = list(tensor.shape), [0] * tensor.dim(), [0] * tensor.dim()
+        size[axis], origin[axis], first[axis] = count, at, start
+        segments.append({"tensor": source, "start": first, "at": origin, "size": size})
+        at += count
+    if at != tensor.shape[axis]:
+        line = ("rows", "columns")[axis]
+        raise ValueError(f"manifest of {name}: segments fill {at} {line}, expected {tensor.shape[axis]}.")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"name": name, "shape": list(tensor.shape), "dtype": dtype, "segments": segments}
 
 
-def megatron_parts(name: str, shape: ModelShape) -> list[tuple[str, int, int]]:
-    """(Hugging Face name, first row, rows) that make up the Megatron-core parameter `name`, top to bottom."""
-    fixed = {
-        "embedding.word_embeddings.weight": ("model.embed_tokens.weight", shape.vocab),
-        "output_layer.weight": ("lm_head.weight", shape.vocab),
-        "decoder.final_layernorm.weight": ("model.norm.weight", shape.hidden),
+def megatron_entry(
+    name: str, tensor: Tensor, shape: ModelShape, *, rank: int = 0, ranks: int = 1, first_layer: int = 0
+) -> dict:
+    """The entry of a Megatron-core parameter as tensor-parallel rank `rank` of `ranks` holds it.
+
+    first_layer: layers on earlier pipeline stages, because every stage counts its own from 0.
+    """
+    axis, stacks = _megatron_stacks(name, shape, first_layer)
+    if axis is None:  # every rank holds all of it
+        return entry(name, tensor, stacks[0])
+    length, rest = divmod(tensor.shape[axis], len(stacks))
+    whole = sum(count for _, _, count in stacks[0])
+    padded = name in ("embedding.word_embeddings.weight", "output_layer.weight")  # to a multiple that ranks divide
+    if rest or length * ranks < whole or (length * ranks > whole and not padded):
+        raise ValueError(
+            f"manifest of {name}: {ranks} ranks of shape {list(tensor.shape)} do not share {len(stacks)} x {whole}."
+        )
+    return entry(name, tensor, [p for stack in stacks for p in _share(stack, rank * length, length)], axis)
+
+
+def _share(parts: Sequence[Part], begin: int, length: int) -> list[Part]:
+    """What [begin, begin + length) holds of parts that lie one after the other; beyond the last there is padding."""
+    share, at, end = [], 0, begin + length
+    for tensor, start, count in parts:
+        low, high = max(begin, at), min(end, at + count)
+        if low < high:
+            share.append((tensor, start + low - at, high - low))
+        at += count
+    return share + ([(None, 0, end - max(at, begin))] if at < end else [])
+
+
+def _megatron_stacks(name: str, shape: ModelShape, first_layer: int) -> tuple[int | None, list[list[Part]]]:
+    """(axis that tensor parallelism cuts, stacks of parts): a rank holds its share of each stack, one after another."""
+    fixed: dict[str, tuple[int | None, str, int]] = {
+        "embedding.word_embeddings.weight": (0, "model.embed_tokens.weight", shape.vocab),
+        "output_layer.weight": (0, "lm_head.weight", shape.vocab),
+        "decoder.final_layernorm.weight": (None, "model.norm.weight", shape.hidden),
     }
     if name in fixed:
-        return [(fixed[name][0], 0, fixed[name][1])]
+        axis, tensor, count = fixed[name]
+        return axis, [[(tensor, 0, count)]]
     _, _, layer, suffix = name.split(".", 3)
-    at, dim = f"model.layers.{layer}.", shape.head_dim
-    if suffix == "self_attention.linear_qkv.weight":  # per key-value group: its queries, its key, its value
+    at, dim = f"model.layers.{int(layer) + first_layer}.", shape.head_dim
+    module, _, kind = suffix.rpartition(".")
+    if module == "self_attention.linear_qkv":  # per key-value group: its queries, its key, its value
         queries = shape.heads // shape.kv_heads * dim
         sizes = (("q", queries), ("k", dim), ("v", dim))
-        return [(f"{at}self_attn.{c}_proj.weight", g * n, n) for g in range(shape.kv_heads) for c, n in sizes]
-    if suffix == "mlp.linear_fc1.weight":
-        return [(f"{at}mlp.gate_proj.weight", 0, shape.ffn), (f"{at}mlp.up_proj.weight", 0, shape.ffn)]
-    whole = {
-        "input_layernorm.weight": "input_layernorm.weight",
-        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-        "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    }
-    return [(at + whole[suffix], 0, shape.hidden)]
+        return 0, [[(f"{at}self_attn.{c}_proj.{kind}", g * n, n) for g in range(shape.kv_heads) for c, n in sizes]]
+    if module == "mlp.linear_fc1":  # a rank's gate rows, then its up rows
+        return 0, [[(f"{at}mlp.{c}_proj.{kind}", 0, shape.ffn)] for c in ("gate", "up")]
+    axis, tensor, count = {
+        "input_layernorm": (None, "input_layernorm", shape.hidden),
+        "self_attention.q_layernorm": (None, "self_attn.q_norm", dim),
+        "self_attention.k_layernorm": (None, "self_attn.k_norm", dim),
+        "self_attention.linear_proj": (1, "self_attn.o_proj", shape.heads * dim),
+        "pre_mlp_layernorm": (None, "post_attention_layernorm", shape.hidden),
+        "mlp.linear_fc2": (1, "mlp.down_proj", shape.ffn),
+    }[module]
+    return axis, [[(f"{at}{tensor}.{kind}", 0, count)]]
+
+
+def window(tensor: Tensor, at: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The box of `size` at `at`, as a view."""
+    for axis, (first, count) in enumerate(zip(at, size, strict=True)):
+        if count != tensor.shape[axis]:
+            tensor = tensor.narrow(axis, first, count)
+    return tensor
 
 
 @torch.no_grad()
-def fill(manifest: list[dict], parameters: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Copy a Hugging Face checkpoint, given as `read(name) -> tensor`, into the parameters that the manifest names."""
-    for item in manifest:
+def fill(tensors: list[dict], parameters: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Copy a Hugging Face checkpoint, given as `read(name) -> tensor`, into the parameters that the entries name."""
+    for item in tensors:
         for s in item["segments"]:
-            source = read(s["tensor"])[s["start"] : s["start"] + s["rows"]]
-            parameters[item["name"]][s["at"] : s["at"] + s["rows"]].copy_(source)
+            if s["tensor"]:
+                into = window(parameters[item["name"]], s["at"], s["size"])
+                into.copy_(window(read(s["tensor"]), s["start"], s["size"]))
 
 
 @torch.no_grad()
-def export(manifest: list[dict], read: Callable[[str], Tensor], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
+def export(tensors: list[dict], read: Callable[[str], Tensor], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, tensor) for every tensor of the checkpoint, from parameters `read(name) -> tensor`."""
     homes: dict[str, list[tuple[str, dict]]] = {}
-    for item in manifest:
+    for item in tensors:
         for s in item["segments"]:
             homes.setdefault(s["tensor"], []).append((item["name"], s))
     for name, size in shape.tensors().items():
         tensor = torch.empty(size)
         for parameter, s in homes[name]:
-            tensor[s["start"] : s["start"] + s["rows"]] = read(parameter)[s["at"] : s["at"] + s["rows"]]
+            window(tensor, s["start"], s["size"]).copy_(window(read(parameter), s["at"], s["size"]))
         yield name, tensor

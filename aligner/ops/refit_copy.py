@@ -45,7 +45,8 @@ def refit_copy(
     Source: IEEE 754-2019, section 4.3.1: casts round to nearest, ties to even.
 
     sources: float32, bfloat16 or float16 vectors, or matrices whose rows are any distance apart.
-    destinations: the same shapes, any of the dtypes. No two may overlap.
+    destinations: the same shapes, any of the dtypes. No two may overlap. A destination may be its own source: then
+        its checksum is taken, and nothing changes.
     add_one: one per copy, for norms that one side stores centred at zero; None for none.
     checksum: whether to sum up what was written.
     impl: "auto" | "reference" | "cpp" | "cuda".

@@ -1,100 +1,190 @@
 """Refit: move the policy's weights into the sampler, in place, by a plan that is compiled once.
 
-Both sides publish a manifest: entries {"name", "shape", "dtype", "segments"} whose segments
-{"tensor", "start", "at", "rows"} place rows of a parameter in the Hugging Face checkpoint. The planner intersects them.
+Both sides publish a manifest (models.weights): their parameters, cut into boxes of the Hugging Face checkpoint. The
+planner intersects the boxes. A source is any object with `manifest()` and `weight(name) -> Tensor | LowRank`.
 """
 
 import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from aligner import ops
+from aligner.models.lora import LowRank
+from aligner.refit import execute
+
+Box = tuple[tuple[int, int], ...]  # per axis: first, one past the last
+
+
+class Source(Protocol):
+    """The side that weights come from. `weight` raises when the parameter is gone or not of the step that is meant."""
+
+    def manifest(self) -> dict: ...
+
+    def weight(self, name: str) -> Tensor | LowRank: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """Rows [source_at, source_at + rows) of `source` go to rows [destination_at, ...) of `destination`."""
+    """The box of `size` at `source_at` of `source` goes to `destination_at` of `destination`."""
 
     source: str
-    source_at: int
+    source_at: tuple[int, ...]
     destination: str
-    destination_at: int
-    rows: int
+    destination_at: tuple[int, ...]
+    size: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Copies that fill every destination row exactly once, grouped by source. `digest` names the plan."""
+    """Copies that fill every element of the destination but its padding exactly once.
+
+    digest: names the pair of manifests that the plan was compiled from.
+    sources, destinations: their entries by name, of parameters that the copies touch.
+    """
 
     copies: tuple[Copy, ...]
     digest: str
+    sources: dict[str, dict] = field(repr=False)
+    destinations: dict[str, dict] = field(repr=False)
 
-    @torch.no_grad()
-    def execute(self, source: Callable[[str], Tensor], destination: dict[str, Tensor]) -> int:
-        """Copy, casting to the destination's dtype. Returns the bytes written."""
-        written = 0
-        for name, group in groupby(self.copies, key=lambda c: c.source):
-            tensor, copies = source(name), list(group)
-            into = [destination[c.destination][c.destination_at : c.destination_at + c.rows] for c in copies]
-            ops.refit_copy([tensor[c.source_at : c.source_at + c.rows] for c in copies], into)
-            written += sum(rows.nbytes for rows in into)
-        return written
+    def preflight(self, source: Source, manifest: dict, destination: dict[str, Tensor]) -> None:
+        """Raise ValueError, before anything is written, unless both sides are what the plan was compiled for.
+
+        manifest, destination: the sampler's manifest, and its live storage by name.
+        """
+        if pair_digest(source.manifest(), manifest) != self.digest:
+            raise ValueError(
+                f"refit: the plan {self.digest[:12]} was compiled from other manifests than the two sides have now; "
+                "compile it again."
+            )
+        for name, item in self.sources.items():
+            execute.check(item, source.weight(name), "source")
+        for name, item in self.destinations.items():
+            execute.check(item, destination.get(name), "destination")
+
+    def execute(self, source: Source, destination: dict[str, Tensor]) -> int:
+        """Copy, casting to the destination's dtype and merging adapters, then read back what was written.
+
+        Returns the bytes written. Raises RuntimeError when other bytes are read back; then, and when the source
+        raises, the destination holds a mixture.
+        """
+        written = execute.write(self.copies, source.weight, destination)
+        execute.verify(written)
+        for name in self.sources:  # a source that went away or moved on while it was read says so now
+            source.weight(name)
+        return sum(piece.view.nbytes for piece in written)
 
 
-def compile_plan(source: list[dict], destination: list[dict]) -> Plan:
-    """Intersect two manifests into a plan.
+def pair_digest(source: dict, destination: dict) -> str:
+    return hashlib.sha256(f"{source['digest']} {destination['digest']}".encode()).hexdigest()
 
-    Raises ValueError when a destination row has no source, or two; when shapes of a row differ; or when a destination
-    tensor is not fully covered by its own segments.
+
+def compile_plan(source: dict, destination: dict) -> Plan:
+    """Intersect two manifests into a plan. Where several sources hold the same rows, the first in the manifest gives.
+
+    Raises ValueError when the manifests are of different models, when a destination element has no source, or when
+    the segments of a destination overlap or leave a gap.
     """
+    if source["model"] != destination["model"]:
+        ours, theirs = source["model"], destination["model"]
+        odd = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        raise ValueError(
+            f"refit: {len(odd)} tensors differ between the two models, the first is {odd[0]}, "
+            f"{ours.get(odd[0])} in the source and {theirs.get(odd[0])} in the destination; "
+            "both sides must hold the same model."
+        )
     homes: dict[str, list[tuple[dict, dict]]] = {}
-    for item in source:
+    for item in source["tensors"]:
         for segment in item["segments"]:
             homes.setdefault(segment["tensor"], []).append((item, segment))
     copies = []
-    for item in destination:
-        filled = 0
-        for segment in sorted(item["segments"], key=lambda s: s["at"]):
-            if segment["at"] != filled:
-                raise ValueError(f"refit: rows {filled}..{segment['at']} of {item['name']} are not placed once.")
-            copies += _fill_segment(item, segment, homes.get(segment["tensor"], []))
-            filled += segment["rows"]
-        if filled != item["shape"][0]:
-            raise ValueError(f"refit: {item['name']} has {item['shape'][0]} rows, its segments place {filled}.")
-    copies.sort(key=lambda c: (c.source, c.source_at, c.destination, c.destination_at))
-    digest = hashlib.sha256(json.dumps([vars(c) for c in copies]).encode()).hexdigest()
-    return Plan(copies=tuple(copies), digest=digest)
+    for item in destination["tensors"]:
+        _check_cover(item)
+        for segment in item["segments"]:
+            if segment["tensor"]:
+                copies += _fill_segment(item, segment, homes.get(segment["tensor"], []))
+    used = {c.source for c in copies}
+    return Plan(
+        copies=tuple(copies),
+        digest=pair_digest(source, destination),
+        sources={item["name"]: item for item in source["tensors"] if item["name"] in used},
+        destinations={item["name"]: item for item in destination["tensors"]},
+    )
 
 
 def _fill_segment(item: dict, segment: dict, homes: list[tuple[dict, dict]]) -> list[Copy]:
-    """Copies that fill one destination segment, each of its rows from exactly one source row."""
-    begin, end, covered, copies = segment["start"], segment["start"] + segment["rows"], segment["start"], []
-    for home, s in sorted(homes, key=lambda pair: pair[1]["start"]):
-        low, high = max(begin, s["start"]), min(end, s["start"] + s["rows"])
-        if low >= high:
-            continue
-        if home["shape"][1:] != item["shape"][1:]:
-            raise ValueError(
-                f"refit: {item['name']} has rows of shape {item['shape'][1:]}, its source {home['name']} of "
-                f"{home['shape'][1:]}; both sides must hold the same model."
+    """Copies that fill one destination segment, each of its elements from exactly one source."""
+    missing, copies = [_box(segment["start"], segment["size"])], []
+    for home, s in homes:
+        if not missing:
+            break
+        held = _box(s["start"], s["size"])
+        for found in filter(None, [_common(box, held) for box in missing]):
+            first = [low for low, _ in found]
+            copies.append(
+                Copy(
+                    source=home["name"],
+                    source_at=_move(first, s["start"], s["at"]),
+                    destination=item["name"],
+                    destination_at=_move(first, segment["start"], segment["at"]),
+                    size=tuple(high - low for low, high in found),
+                )
             )
-        if low != covered:
-            raise ValueError(f"refit: row {min(low, covered)} of {segment['tensor']} has two sources or none.")
-        copies.append(
-            Copy(
-                source=home["name"],
-                source_at=s["at"] + low - s["start"],
-                destination=item["name"],
-                destination_at=segment["at"] + low - begin,
-                rows=high - low,
-            )
-        )
-        covered = high
-    if covered != end:
-        raise ValueError(f"refit: rows {covered}..{end} of {segment['tensor']}, for {item['name']}, have no source.")
+        missing = [rest for box in missing for rest in _without(box, held)]
+    if missing:
+        raise ValueError(f"refit: {_words(missing[0])} of {segment['tensor']}, for {item['name']}, has no source.")
     return copies
+
+
+def _check_cover(item: dict) -> None:
+    """The segments of an entry, padding among them, tile its parameter."""
+    free = [_box([0] * len(item["shape"]), item["shape"])]
+    for s in item["segments"]:
+        box = _box(s["at"], s["size"])
+        before, free = _volume(free), [rest for f in free for rest in _without(f, box)]
+        if before - _volume(free) != _volume([box]):
+            raise ValueError(f"refit: {_words(box)} of {item['name']} is placed twice, or lies outside of it.")
+    if free:
+        raise ValueError(f"refit: {_words(free[0])} of {item['name']} is placed by no segment.")
+
+
+def _box(at: Sequence[int], size: Sequence[int]) -> Box:
+    return tuple((a, a + n) for a, n in zip(at, size, strict=True))
+
+
+def _move(point: Sequence[int], origin: Sequence[int], to: Sequence[int]) -> tuple[int, ...]:
+    return tuple(p - o + t for p, o, t in zip(point, origin, to, strict=True))
+
+
+def _common(a: Box, b: Box) -> Box | None:
+    box = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return box if all(low < high for low, high in box) else None
+
+
+def _without(box: Box, hole: Box) -> list[Box]:
+    """Disjoint boxes that make up `box` outside of `hole`: slabs, one axis after the other."""
+    inside = _common(box, hole)
+    if inside is None:
+        return [box]
+    rest = []
+    for axis, ((low, high), (first, last)) in enumerate(zip(box, inside, strict=True)):
+        for part in ((low, first), (last, high)):
+            if part[0] < part[1]:
+                rest.append((*inside[:axis], part, *box[axis + 1 :]))
+    return rest
+
+
+def _volume(boxes: Sequence[Box]) -> int:
+    total = 0
+    for box in boxes:
+        elements = 1
+        for low, high in box:
+            elements *= high - low
+        total += elements
+    return total
+
+
+def _words(box: Box) -> str:
+    return " x ".join(f"{low}..{high}" for low, high in box)

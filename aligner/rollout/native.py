@@ -4,7 +4,7 @@ Weights lie in the engine's own fused layout ([q|k|v], [gate|up]) and are overwr
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,13 @@ from aligner._engine import Engine
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import Rollout
 from aligner.models.shape import ModelShape
+<<<<<<< HEAD
 from aligner.models.weights import entry, fill
 from aligner.rollout.sampling import Response, Sampling, pack_responses
+=======
+from aligner.models.weights import entry, fill, manifest
+from aligner.rollout.sampling import Response, Sampling
+>>>>>>> e4b09b09befdf1c1be27a4ea080099f9e9ec52aa
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -33,13 +38,16 @@ class NativeSampler:
     def __init__(self, shape: ModelShape, *, dtype: str = "float32", max_batch: int = 64, cache_bytes: int = 1 << 30):
         if dtype not in DTYPES:
             raise ValueError(f"sampler dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-        self.shape, self.max_batch, self.weights_version = shape, max_batch, 0
+        self.shape, self.max_batch = shape, max_batch
+        self.weights_version = -1  # none yet
+        self.refusal = ""  # why the weights cannot be sampled from; empty when they can
         self.weights: dict[str, Tensor] = {}
-        self._manifest: list[dict] = []
+        entries: list[dict] = []
         for name, parts in _layout(shape).items():
             tail = shape.tensors()[parts[0][0]][1:]
             self.weights[name] = torch.zeros(sum(rows for _, _, rows in parts), *tail, dtype=DTYPES[dtype])
-            self._manifest.append(entry(name, self.weights[name], parts))
+            entries.append(entry(name, self.weights[name], parts))
+        self._manifest = manifest(shape.tensors(), entries)
         frequencies = shape.rope_base ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
         self.engine = Engine(
             shape=shape, frequencies=frequencies.tolist(), weights=self.weights, dtype=dtype, cache_bytes=cache_bytes
@@ -53,21 +61,37 @@ class NativeSampler:
             torch.set_num_threads(threads)
         shape = ModelShape.from_folder(folder)
         sampler = NativeSampler(shape, dtype=dtype)
-        fill(sampler._manifest, sampler.weights, Weights(folder, shape.tensors()))
+        fill(sampler._manifest["tensors"], sampler.weights, Weights(folder, shape.tensors()))
+        sampler.weights_version = 0
         return sampler
 
-    def manifest(self) -> list[dict]:
-        """Where each parameter stands in the Hugging Face checkpoint (see refit.plan)."""
+    def manifest(self) -> dict:
+        """Where each parameter stands in the Hugging Face checkpoint (see models.weights)."""
         return self._manifest
 
-    def refit(self, plan, source: Callable[[str], Tensor], version: int) -> None:
-        """Overwrite the weights in place by executing `plan`; `version` becomes weights_version."""
+    def refit(self, plan, source, version: int) -> None:
+        """Overwrite the weights in place by executing `plan` from `source`; `version` becomes weights_version.
+
+        What is wrong before the first write raises and changes nothing. From the first write until all of it is
+        verified the weights are a mixture and the sampler refuses to generate; a whole refit ends that.
+        """
         if self.engine.num_live:
             raise RuntimeError(
                 f"sampler: {self.engine.num_live} responses are unfinished; exhaust or close their stream, then refit."
             )
-        plan.execute(source, self.weights)
-        self.weights_version = version
+        if version <= self.weights_version:
+            raise ValueError(
+                f"sampler: refit to version {version}, but the weights are of version {self.weights_version} already; "
+                "versions go up."
+            )
+        plan.preflight(source, self._manifest, self.weights)
+        self.refusal = f"the refit to version {version} was interrupted"
+        try:
+            plan.execute(source, self.weights)
+        except Exception as error:
+            self.refusal = f"the refit to version {version} failed after its first write ({error})"
+            raise
+        self.weights_version, self.refusal = version, ""
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, n: int = 1) -> Rollout:
         """n responses to each prompt (token ids), as one packed Rollout ordered by prompt, then sample."""
@@ -112,6 +136,8 @@ class NativeSampler:
             )
 
     def _check(self, prompts: list[list[int]], sampling: Sampling, n: int) -> None:
+        if self.refusal:
+            raise RuntimeError(f"sampler: the weights are a mixture, because {self.refusal}; refit all of them again.")
         if n < 1:
             raise ValueError(f"n is {n}, expected 1 or more samples a prompt.")
         for i, prompt in enumerate(prompts):

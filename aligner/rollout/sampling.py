@@ -1,12 +1,16 @@
 """What every sampler takes and gives."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+<<<<<<< HEAD
 from torch import Tensor
 
 from aligner.data.batch import Rollout, pack_rollout
+=======
+from aligner.data.batch import Rollout
+>>>>>>> e4b09b09befdf1c1be27a4ea080099f9e9ec52aa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +130,10 @@ class Sampler(Protocol):
         """The same responses one by one, as they finish."""
         ...
 
-    def manifest(self) -> list[dict]:
-        """Where its parameters stand in the Hugging Face checkpoint (see refit.plan)."""
+    def manifest(self) -> dict:
+        """Where its parameters stand in the Hugging Face checkpoint (see models.weights)."""
         ...
 
-    def refit(self, plan, source: Callable[[str], Tensor], version: int) -> None:
-        """Overwrite its weights by executing `plan` from `source(name)`; `version` becomes weights_version."""
+    def refit(self, plan, source, version: int) -> None:
+        """Overwrite its weights by executing `plan` from `source` (refit.plan); `version` becomes weights_version."""
         ...

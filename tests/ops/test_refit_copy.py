@@ -80,6 +80,29 @@ def test_checksum_sees_what_changes(isa):
     assert len(set(sums.tolist())) == 3
 
 
+def test_a_destination_that_is_its_own_source_is_only_summed_up(isa):
+    x, wide = numbers(300, 130), numbers(40, 70, dtype=torch.bfloat16)
+    before, views = [x.clone(), wide.clone()], [x, wide[:, 3:50]]
+    copied = ops.refit_copy(views, [torch.empty_like(v) for v in views], checksum=True, impl="cpp")
+    assert torch.equal(ops.refit_copy(views, views, checksum=True, impl="cpp"), copied)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(before, [x, wide], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checksum_weights_wrap_at_two_to_the_32(dtype):
+    # One row of memory seen 71,600 times: just over 2^31 elements. Every count below is exact in 64 bits.
+    rows, columns = 71600, 30011
+    x = numbers(columns, dtype=dtype)
+    many = x.expand(rows, columns)
+    got = ops.refit_copy([many], [many], checksum=True, impl="cpp").item()
+    mask = 0xFFFF if dtype == torch.bfloat16 else 0xFFFFFFFF
+    total = 0
+    for c, word in enumerate(bits(x).tolist()):
+        wrapped = rows - -(-(2**31 - c) // columns)  # rows whose weight exceeds 2^32
+        total += (word & mask) * (rows * (2 * c + 1) + columns * rows * (rows - 1) - 2**32 * wrapped)
+    assert got % 2**64 == total % 2**64
+
+
 def test_errors():
     x, y = torch.randn(4, 6), torch.zeros(4, 6)
     with pytest.raises(RuntimeError, match=r"sources\[0\] is CPU Float of shape \[4, 6\], destinations.*one shape"):

@@ -114,10 +114,10 @@ def test_refit_then_generate_equals_a_fresh_engine(tiny: Path):
     sampling, prompts = Sampling(seed=3), random_prompts(5, 20)
     number = sampler.engine.add([5], [1], Sampling())[0]
     with pytest.raises(RuntimeError, match="1 responses are unfinished"):
-        sampler.refit(plan, policy.weight, version=1)
+        sampler.refit(plan, policy, version=1)
     sampler.engine.cancel(number)
     responses(sampler, prompts, sampling)
-    sampler.refit(plan, policy.weight, version=1)
+    sampler.refit(plan, policy, version=1)
     assert responses(sampler, prompts, sampling) == responses(loaded, prompts, sampling)
 
 
