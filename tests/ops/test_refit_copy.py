@@ -121,3 +121,19 @@ def test_errors():
 def test_opcheck():
     x, y = torch.randn(4, 6), torch.zeros(4, 6)
     torch.library.opcheck(torch.ops.aligner.refit_copy.default, ([x, x[0]], [y, torch.zeros(6)], [False, True], True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_than_the_caches_hold(isa, dtype):
+    """Stores then go past the caches: aligned and not, whole vectors and parts of one, beside narrow rows."""
+    x = numbers(9_000_000)
+    sources = [x, x[5:3_000_003], x[:900_000].view(-1, 30)[:, 3:20], x[:11]]
+    into = [torch.full((s.numel() + 40,), -7.0, dtype=dtype) for s in sources]
+    views = [t[3 + i : 3 + i + s.numel()].view(s.shape) for i, (t, s) in enumerate(zip(into, sources, strict=True))]
+    sums = ops.refit_copy(sources, views, checksum=True, impl="cpp")
+    wants = [torch.empty(s.shape, dtype=dtype) for s in sources]
+    assert torch.equal(sums, ops.refit_copy(sources, wants, checksum=True, impl="reference"))
+    for i, (t, view, want) in enumerate(zip(into, views, wants, strict=True)):
+        assert torch.equal(bits(view), bits(want))
+        assert (t[: 3 + i] == -7).all() and (t[3 + i + want.numel() :] == -7).all()
+    assert torch.equal(ops.refit_copy(views, views, checksum=True, impl="cpp"), sums)
