@@ -35,12 +35,15 @@ def megatron_parts(name: str, shape: ModelShape) -> list[tuple[str, int, int]]:
         return [(fixed[name][0], 0, fixed[name][1])]
     _, _, layer, suffix = name.split(".", 3)
     at, dim = f"model.layers.{layer}.", shape.head_dim
-    if suffix == "self_attention.linear_qkv.weight":  # per key-value group: its queries, its key, its value
+    if suffix.startswith("self_attention.linear_qkv."):  # per key-value group: its queries, its key, its value
+        kind = suffix.rsplit(".", 1)[1]  # weight or bias
         queries = shape.heads // shape.kv_heads * dim
         sizes = (("q", queries), ("k", dim), ("v", dim))
-        return [(f"{at}self_attn.{c}_proj.weight", g * n, n) for g in range(shape.kv_heads) for c, n in sizes]
+        return [(f"{at}self_attn.{c}_proj.{kind}", g * n, n) for g in range(shape.kv_heads) for c, n in sizes]
     if suffix == "mlp.linear_fc1.weight":
         return [(f"{at}mlp.gate_proj.weight", 0, shape.ffn), (f"{at}mlp.up_proj.weight", 0, shape.ffn)]
+    if suffix in ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"):
+        return [(f"{at}self_attn.{suffix[15]}_norm.weight", 0, dim)]
     whole = {
         "input_layernorm.weight": "input_layernorm.weight",
         "self_attention.linear_proj.weight": "self_attn.o_proj.weight",

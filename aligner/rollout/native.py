@@ -40,9 +40,12 @@ class NativeSampler:
             tail = shape.tensors()[parts[0][0]][1:]
             self.weights[name] = torch.zeros(sum(rows for _, _, rows in parts), *tail, dtype=DTYPES[dtype])
             self._manifest.append(entry(name, self.weights[name], parts))
-        frequencies = shape.rope_base ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
         self.engine = Engine(
-            shape=shape, frequencies=frequencies.tolist(), weights=self.weights, dtype=dtype, cache_bytes=cache_bytes
+            shape=shape,
+            frequencies=shape.rope.frequencies(shape.head_dim).tolist(),
+            weights=self.weights,
+            dtype=dtype,
+            cache_bytes=cache_bytes,
         )
         self._owners: dict[int, tuple[int, int, dict]] = {}  # sequence id -> prompt, sample, inbox of its stream
 
@@ -157,4 +160,9 @@ def _layout(shape: ModelShape) -> dict[str, list[tuple[str, int, int]]]:
             f"layers.{i}.gate_up": whole(hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"),
             f"layers.{i}.down": whole(hf + "mlp.down_proj.weight"),
         }
+        if shape.qkv_bias:
+            layout[f"layers.{i}.qkv_bias"] = whole(*(hf + f"self_attn.{c}_proj.bias" for c in "qkv"))
+        if shape.qk_norm:
+            layout[f"layers.{i}.query_norm"] = whole(hf + "self_attn.q_norm.weight")
+            layout[f"layers.{i}.key_norm"] = whole(hf + "self_attn.k_norm.weight")
     return layout

@@ -47,7 +47,10 @@ DecoderShape decoder_shape(const py::object& shape, const std::vector<float>& fr
   return s;
 }
 
-DecoderWeights decoder_weights(const DecoderShape& s, const py::dict& weights, bool tied, const std::string& dtype) {
+DecoderWeights decoder_weights(const DecoderShape& s, const py::dict& weights, const py::object& shape,
+                               const std::string& dtype) {
+  const bool tied = shape.attr("tied").cast<bool>(), bias = shape.attr("qkv_bias").cast<bool>();
+  const bool norm = shape.attr("qk_norm").cast<bool>();
   const int64_t queries = s.attention.heads * s.attention.head_dim, keys = s.attention.kv_heads * s.attention.head_dim;
   DecoderWeights w{};
   w.embedding = address(weights, "embedding", {s.vocab, s.hidden}, dtype);
@@ -60,7 +63,10 @@ DecoderWeights decoder_weights(const DecoderShape& s, const py::dict& weights, b
                         address(weights, at + "attention_out", {s.hidden, queries}, dtype),
                         address(weights, at + "ffn_norm", {s.hidden}, dtype),
                         address(weights, at + "gate_up", {2 * s.ffn, s.hidden}, dtype),
-                        address(weights, at + "down", {s.hidden, s.ffn}, dtype)});
+                        address(weights, at + "down", {s.hidden, s.ffn}, dtype),
+                        bias ? address(weights, at + "qkv_bias", {queries + 2 * keys}, dtype) : nullptr,
+                        norm ? address(weights, at + "query_norm", {s.attention.head_dim}, dtype) : nullptr,
+                        norm ? address(weights, at + "key_norm", {s.attention.head_dim}, dtype) : nullptr});
   }
   return w;
 }
@@ -68,7 +74,7 @@ DecoderWeights decoder_weights(const DecoderShape& s, const py::dict& weights, b
 std::unique_ptr<Engine> make_engine(const py::object& shape, const std::vector<float>& frequencies,
                                     const py::dict& weights, const std::string& dtype, int64_t cache_bytes) {
   const DecoderShape s = decoder_shape(shape, frequencies, dtype);
-  return std::make_unique<Engine>(s, decoder_weights(s, weights, shape.attr("tied").cast<bool>(), dtype), cache_bytes);
+  return std::make_unique<Engine>(s, decoder_weights(s, weights, shape, dtype), cache_bytes);
 }
 
 std::vector<int64_t> add(Engine& engine, const std::vector<int32_t>& prompt, const std::vector<uint64_t>& keys,

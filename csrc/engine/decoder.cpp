@@ -52,7 +52,8 @@ void Decoder::layer(const LayerWeights& w, const AttentionRows& at) {
   const int64_t rows = at.rows, hidden = shape_.hidden, queries = a.heads * a.head_dim;
   norm(x_.data(), w.attention_norm, rows);
   product(normed_.data(), w.qkv, qkv_.data(), rows, queries + 2 * a.kv_heads * a.head_dim, hidden, false);
-  rotate_cpu({a, at, qkv_.data(), cos_.data(), sin_.data()});
+  rotate_cpu({a, at, qkv_.data(), cos_.data(), sin_.data(), w.qkv_bias, w.query_norm, w.key_norm, shape_.norm_eps,
+              shape_.dtype});
   attention_cpu({a, at, qkv_.data(), attended_.data()});
   product(attended_.data(), w.attention_out, x_.data(), rows, hidden, queries, true);
   norm(x_.data(), w.ffn_norm, rows);

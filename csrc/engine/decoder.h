@@ -19,6 +19,7 @@ struct DecoderShape {
 // Views of storage that somebody else owns and may refill between two steps. Rows are outputs.
 struct LayerWeights {
   const void *attention_norm, *qkv, *attention_out, *ffn_norm, *gate_up, *down;
+  const void *qkv_bias, *query_norm, *key_norm;  // null where the model has none
 };
 struct DecoderWeights {
   const void *embedding, *norm, *head;  // head is embedding when they are tied

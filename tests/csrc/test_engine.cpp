@@ -40,7 +40,7 @@ struct Model {
     weights.norm = tensor(HIDDEN);
     for (int64_t i = 0; i < LAYERS; ++i) {
       weights.layers.push_back({tensor(HIDDEN), tensor(7 * 6 * HIDDEN), tensor(HIDDEN * 30), tensor(HIDDEN),
-                                tensor(2 * FFN * HIDDEN), tensor(HIDDEN * FFN)});
+                                tensor(2 * FFN * HIDDEN), tensor(HIDDEN * FFN), tensor(7 * 6), tensor(6), tensor(6)});
     }
   }
   int64_t bytes(int64_t blocks) const { return blocks * LAYERS * shape.attention.block_elements() * 4; }
