@@ -115,7 +115,7 @@ def _refuse_windows(path: Path, config: dict) -> None:
     layers = config.get("layer_types") or []
     if any(kind != "full_attention" for kind in layers):
         _refuse(path, "layer_types", layers, "full_attention")
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", 4096)  # what transformers takes where a file is silent
     used = config["model_type"] == "mistral" or config.get("use_sliding_window", False)
     if used and window is not None and window < config["max_position_embeddings"]:
         _refuse(path, "sliding_window", window, None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from aligner._engine import Engine
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import Rollout, pack_rollout
+from aligner.data.tokenizer import load_tokenizer, token_bytes
 from aligner.models.shape import ModelShape
 from aligner.models.weights import entry, fill
 from aligner.rollout.sampling import Response, Sampling
@@ -27,13 +28,22 @@ class NativeSampler:
     dtype: "float32" or "bfloat16", of weights; activations, cache and logits are float32.
     max_batch: sequences decoded at once.
     cache_bytes: of the key-value cache, at most; held only while sequences are in flight.
+    tokenizer: a Hugging Face folder; read when the first stop string asks for the tokens' texts.
     It runs on as many threads as torch does, and in one Python thread at a time.
     """
 
-    def __init__(self, shape: ModelShape, *, dtype: str = "float32", max_batch: int = 64, cache_bytes: int = 1 << 30):
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        dtype: str = "float32",
+        max_batch: int = 64,
+        cache_bytes: int = 1 << 30,
+        tokenizer: Path | None = None,
+    ):
         if dtype not in DTYPES:
             raise ValueError(f"sampler dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-        self.shape, self.max_batch, self.weights_version = shape, max_batch, 0
+        self.shape, self.max_batch, self.weights_version, self.tokenizer = shape, max_batch, 0, tokenizer
         self.weights: dict[str, Tensor] = {}
         self._manifest: list[dict] = []
         for name, parts in _layout(shape).items():
@@ -55,7 +65,7 @@ class NativeSampler:
         if threads:
             torch.set_num_threads(threads)
         shape = ModelShape.from_folder(folder)
-        sampler = NativeSampler(shape, dtype=dtype)
+        sampler = NativeSampler(shape, dtype=dtype, tokenizer=folder)
         fill(sampler._manifest, sampler.weights, Weights(folder, shape.tensors()))
         return sampler
 
@@ -121,9 +131,17 @@ class NativeSampler:
                 finished=done.stopped,
             )
 
+    def _know_tokens(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError("stop_strings need the texts of the tokens; give NativeSampler a tokenizer folder.")
+        texts = token_bytes(load_tokenizer(self.tokenizer))[: self.shape.vocab]
+        self.engine.set_token_texts(texts + [b""] * (self.shape.vocab - len(texts)))  # ids that pad the vocabulary
+
     def _check(self, prompts: list[list[int]], sampling: Sampling, n: int) -> None:
         if n < 1:
             raise ValueError(f"n is {n}, expected 1 or more samples a prompt.")
+        if sampling.stop_strings and not self.engine.has_token_texts:
+            self._know_tokens()
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {i} is empty; give it at least one token (a begin-of-text token will do).")

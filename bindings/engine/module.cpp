@@ -88,6 +88,7 @@ std::vector<int64_t> add(Engine& engine, const std::vector<int32_t>& prompt, con
   s.min_tokens = sampling.attr("min_tokens").cast<int64_t>();
   s.max_tokens = sampling.attr("max_tokens").cast<int64_t>();
   s.stop = sampling.attr("stop").cast<std::vector<int32_t>>();
+  s.stop_strings = sampling.attr("stop_strings").cast<std::vector<std::string>>();
   return engine.add(prompt, keys, s);
 }
 
@@ -108,6 +109,8 @@ PYBIND11_MODULE(_engine, m) {
   py::class_<Engine>(m, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("shape"), py::arg("frequencies"), py::arg("weights"),
            py::arg("dtype"), py::arg("cache_bytes"), py::keep_alive<1, 4>())
+      .def("set_token_texts", &Engine::set_token_texts)
+      .def_property_readonly("has_token_texts", &Engine::has_token_texts)
       .def("add", &add)
       .def("cancel", &Engine::cancel)
       .def("step", &Engine::step, py::call_guard<py::gil_scoped_release>())

@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "engine/stop.h"
+
 namespace aligner {
 namespace {
 
@@ -37,6 +39,7 @@ struct Engine::Sequence {
   std::vector<int32_t> tokens;  // prompt and response
   std::vector<float> logprobs, sampling_logprobs;
   std::vector<int32_t> blocks;
+  StopText text;
   int64_t computed = 0;  // tokens that stand in the cache
   int64_t placed = 0;    // tokens in the current step
   bool running = false;
@@ -51,6 +54,14 @@ Engine::Engine(DecoderShape shape, DecoderWeights weights, int64_t cache_bytes)
 
 Engine::~Engine() = default;
 
+void Engine::set_token_texts(std::vector<std::string> texts) {
+  if (int64_t(texts.size()) != decoder_.shape().vocab) {
+    throw std::invalid_argument("texts of " + std::to_string(texts.size()) + " tokens, expected " +
+                                std::to_string(decoder_.shape().vocab) + "; was another tokenizer used?");
+  }
+  token_texts_ = std::move(texts);
+}
+
 std::vector<int64_t> Engine::add(const std::vector<int32_t>& prompt, const std::vector<uint64_t>& keys,
                                  const Sampling& sampling) {
   const int64_t vocab = decoder_.shape().vocab, longest = prompt.size() + sampling.max_tokens;
@@ -59,6 +70,11 @@ std::vector<int64_t> Engine::add(const std::vector<int32_t>& prompt, const std::
       !std::all_of(sampling.stop.begin(), sampling.stop.end(), in_vocabulary)) {
     throw std::invalid_argument("a prompt is empty, or a prompt or stop token is not in [0, " + std::to_string(vocab) +
                                 "); was another tokenizer used?");
+  }
+  for (const std::string& text : sampling.stop_strings) {
+    if (text.empty() || !has_token_texts()) {
+      throw std::invalid_argument("a stop string is empty, or the texts of the tokens are not known");
+    }
   }
   if (longest > token_capacity()) {
     throw std::invalid_argument("a prompt of " + std::to_string(prompt.size()) + " tokens with max_tokens " +
@@ -229,6 +245,16 @@ void Engine::draw_all(std::vector<Draw>& draws, const float* logits) {
   if (failure) std::rethrow_exception(failure);
 }
 
+// Whether the token that `s` has just got ends it.
+bool Engine::stops(Sequence& s) const {
+  const Sampling& sampling = s.group->sampling;
+  const int32_t token = s.tokens.back();
+  const bool by_token = std::count(sampling.stop.begin(), sampling.stop.end(), token) > 0;
+  if (sampling.stop_strings.empty()) return by_token;
+  const bool by_text = s.text.ends(token_texts_[token], sampling.stop_strings);
+  return by_token || (by_text && s.generated() > sampling.min_tokens);
+}
+
 // Starts a sample from the blocks of the one that read their prompt.
 void Engine::fork(Sequence& s, const std::vector<int32_t>& blocks, int64_t computed) {
   s.blocks = blocks;
@@ -262,9 +288,8 @@ std::vector<Finished> Engine::step(int64_t max_sequences) {
     s.tokens.push_back(d.drawn.token);
     s.logprobs.push_back(d.drawn.logprob);
     s.sampling_logprobs.push_back(d.drawn.sampling_logprob);
-    const Sampling& sampling = s.group->sampling;
-    const bool stopped = std::count(sampling.stop.begin(), sampling.stop.end(), d.drawn.token) > 0;
-    if (stopped || s.generated() == sampling.max_tokens) {
+    const bool stopped = stops(s);
+    if (stopped || s.generated() == s.group->sampling.max_tokens) {
       finished.push_back({s.id,
                           {s.tokens.begin() + s.group->prompt_tokens, s.tokens.end()},
                           s.logprobs,

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -19,7 +20,7 @@ enum class FinishReason { stop, length };
 
 struct Finished {
   int64_t id;
-  std::vector<int32_t> tokens;                     // of the response, the stop token included
+  std::vector<int32_t> tokens;                     // of the response, those that stopped it included
   std::vector<float> logprobs, sampling_logprobs;  // nats, see Drawn
   FinishReason reason;
 };
@@ -32,6 +33,10 @@ class Engine {
  public:
   Engine(DecoderShape shape, DecoderWeights weights, int64_t cache_bytes);
   ~Engine();
+
+  // The bytes of each token in a text, for stop strings. Throws std::invalid_argument unless there is one a token.
+  void set_token_texts(std::vector<std::string> texts);
+  bool has_token_texts() const { return !token_texts_.empty(); }
 
   // One sequence for each key, all from the same prompt; their ids. Throws std::invalid_argument.
   std::vector<int64_t> add(const std::vector<int32_t>& prompt, const std::vector<uint64_t>& keys,
@@ -62,11 +67,13 @@ class Engine {
   void preempt_last();
   std::vector<Draw> draws() const;
   void draw_all(std::vector<Draw>& draws, const float* logits);
+  bool stops(Sequence& s) const;
   void fork(Sequence& s, const std::vector<int32_t>& blocks, int64_t computed);
   void remove(Sequence& s);
 
   Decoder decoder_;
   BlockCache cache_;
+  std::vector<std::string> token_texts_;
   std::unordered_map<int64_t, std::unique_ptr<Sequence>> sequences_;
   std::vector<Sequence*> running_;  // in order of admission
   std::deque<Sequence*> waiting_;
