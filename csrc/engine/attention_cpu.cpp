@@ -165,7 +165,7 @@ void attention_cpu(const AttentionParams& p) {
   int64_t longest = 0;
   for (int64_t i = 0; i < p.at.rows; ++i) longest = larger(longest, p.at.position[i] + 1);
   // Rows differ in length: threads take them in turns. A row's sums do not depend on who takes it.
-  const int64_t threads = smaller(tasks, omp_get_max_threads());
+  const int64_t threads = smaller(tasks, max_threads());
   parallel_parts(threads, 1, [&](int64_t begin, int64_t end, int) {
     Buffer scores(group * (longest + BLOCK_TOKENS));
     for (int64_t thread = begin; thread < end; ++thread) {

@@ -1,7 +1,5 @@
 #include "engine/engine.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <exception>
 #include <stdexcept>
@@ -9,6 +7,7 @@
 #include <utility>
 
 #include "engine/stop.h"
+#include "parallel.h"
 
 namespace aligner {
 namespace {
@@ -107,6 +106,12 @@ void Engine::cancel(int64_t id) {
   remove(s);
   if (sequences_.empty()) cache_.give_memory_back();
 }
+
+void Engine::weights_changed() {
+  while (!running_.empty()) preempt_last();
+}
+
+int64_t Engine::generated(int64_t id) const { return sequences_.at(id)->generated(); }
 
 // Forgets a sequence that no longer waits.
 void Engine::remove(Sequence& s) {
@@ -228,21 +233,26 @@ std::vector<Engine::Draw> Engine::draws() const {
 
 void Engine::draw_all(std::vector<Draw>& draws, const float* logits) {
   const int64_t vocab = decoder_.shape().vocab, count = draws.size();
-  drawers_.resize(omp_get_max_threads());
-  std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic) if (count > 1)
-  for (int64_t i = 0; i < count; ++i) {
-    Draw& d = draws[i];
-    const Sequence& s = *d.sequence;
-    try {
-      d.drawn = drawers_[omp_get_thread_num()].draw(logits + d.logit_row * vocab, vocab, s.group->sampling, s.tokens,
-                                                    s.generated(), uniform(s.key, s.generated()));
-    } catch (...) {
-#pragma omp critical
-      failure = std::current_exception();
+  const int64_t threads = std::min<int64_t>({count, max_threads(), MAX_PARTS});
+  drawers_.resize(std::max<int64_t>(drawers_.size(), threads));
+  std::vector<std::exception_ptr> failures(threads);
+  parallel_parts(threads, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      try {
+        for (int64_t i = thread; i < count; i += threads) {
+          Draw& d = draws[i];
+          const Sequence& s = *d.sequence;
+          d.drawn = drawers_[thread].draw(logits + d.logit_row * vocab, vocab, s.group->sampling, s.tokens,
+                                          s.generated(), uniform(s.key, s.generated()));
+        }
+      } catch (...) {
+        failures[thread] = std::current_exception();
+      }
     }
+  });
+  for (const std::exception_ptr& failure : failures) {
+    if (failure) std::rethrow_exception(failure);
   }
-  if (failure) std::rethrow_exception(failure);
 }
 
 // Whether the token that `s` has just got ends it.

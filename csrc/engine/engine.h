@@ -42,9 +42,11 @@ class Engine {
   std::vector<int64_t> add(const std::vector<int32_t>& prompt, const std::vector<uint64_t>& keys,
                            const Sampling& sampling);
   void cancel(int64_t id);  // no effect on an id that has finished
+  void weights_changed();   // between two steps: what the cache holds of live sequences will be computed again
   // One forward pass, of at most max_sequences sequences; the responses that it ended.
   std::vector<Finished> step(int64_t max_sequences);
 
+  int64_t generated(int64_t id) const;  // tokens of a live sequence's response
   int64_t num_live() const { return sequences_.size(); }
   int64_t token_capacity() const { return cache_.num_blocks() * BLOCK_TOKENS; }
   const Counters& counters() const { return counters_; }
