@@ -28,6 +28,8 @@ class Config:
     """Most likely tokens kept; 0 keeps all."""
     max_tokens: int = 64
     """Length limit, tokens."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response; the response keeps them."""
     seed: int = 0
     """Of the random streams."""
     threads: int = 0
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         top_k=config.top_k,
         max_tokens=config.max_tokens,
         stop=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+        stop_strings=config.stop_strings,
         seed=config.seed,
     )
     sampler = NativeSampler.from_pretrained(folder, threads=config.threads)

@@ -119,9 +119,12 @@ def batch_work(model, samplers: dict, batch: int, llama: list[tuple[str, LlamaCp
 def ragged_work(model, samplers: dict) -> Work:
     """Lengths are drawn evenly and not known beforehand, so a static batch cannot sort by them."""
     prompts = random_prompts(32, 64)
-    lengths = torch.linspace(8, 128, 32).round().int()[
-        torch.randperm(32, generator=torch.Generator().manual_seed(0))
-    ].tolist()
+    lengths = (
+        torch.linspace(8, 128, 32)
+        .round()
+        .int()[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+        .tolist()
+    )
 
     def native(sampler: NativeSampler) -> None:
         for prompt, new in zip(prompts, lengths, strict=True):
@@ -136,9 +139,7 @@ def ragged_work(model, samplers: dict) -> Work:
     subjects = {f"native {d}": lambda s=s: native(s) for d, s in samplers.items()}
     subjects |= {f"transformers-static-{size} float32": lambda size=size: static(size) for size in (8, 16, 32)}
     tokens = sum(lengths)
-    return Work(
-        shape="B32 64 in 8 to 128 out", tokens=tokens, steps=128, rows=32 * 63 + tokens, subjects=subjects
-    )
+    return Work(shape="B32 64 in 8 to 128 out", tokens=tokens, steps=128, rows=32 * 63 + tokens, subjects=subjects)
 
 
 def shared_work(sampler: NativeSampler) -> Work:

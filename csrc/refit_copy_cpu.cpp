@@ -51,7 +51,8 @@ ALIGNER_INLINE vbits multiply_even(vbits a, vbits b) { return _mm256_mul_epu32(a
 #if defined(__AVX2__)
 typedef uint64_t vlong __attribute__((vector_size(LANES * 4)));
 
-// The checksum of `count` elements from `first` on, a multiple of LANES; with `to`, they also go there, past the caches.
+// The checksum of `count` elements from `first` on, a multiple of LANES; with `to`, they also go there, past the
+// caches.
 template <bool stream>
 static uint64_t checksum_vectors(const uint32_t* x, uint32_t* to, int64_t count, int64_t first) {
   vlong even, odd, sum{};

@@ -30,20 +30,29 @@ def tiny_llama(tmp_path_factory, smollm2: Path) -> Path:
     return save_llama(tmp_path_factory.mktemp("tiny") / "llama", smollm2, tie_word_embeddings=True)
 
 
-def save_llama(folder: Path, tokenizer: Path | None, *, vocab_size: int = 49152, **changes) -> Path:
-    """Write a random Llama with weights large enough that its distributions are far from uniform."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def save_llama(folder: Path, tokenizer: Path | None, **changes) -> Path:
+    """Write a random Llama, with the tokenizer of the folder `tokenizer` if given."""
+    from transformers import AutoTokenizer
+
+    save_model(folder, "llama", **changes)
+    if tokenizer is not None:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_model(folder: Path, family: str, *, vocab_size: int = 49152, **changes) -> Path:
+    """Write a random model with weights large enough that its distributions are far from uniform."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     sizes = TINY | {"num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": vocab_size} | changes
-    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.08, bos_token_id=1, eos_token_id=2))
+    config = AutoConfig.for_model(family, **sizes, initializer_range=0.08, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "bias" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    if tokenizer is not None:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
 
 

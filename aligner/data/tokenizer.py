@@ -3,6 +3,8 @@
 No pad id is used anywhere in this library (SmolLM2's equals its end-of-sequence id): lengths say where a sequence ends.
 """
 
+import json
+import re
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -22,6 +24,46 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {str(folder)!r} has no eos_token; set one in tokenizer_config.json.")
     return tokenizer
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """The bytes that each token id stands for in the middle of a text; none for special tokens.
+
+    Knows byte-level tokenizers (GPT-2's alphabet: Llama 3, Qwen, SmolLM2) and sentencepiece ones ("\u2581" is a space,
+    <0x0A> a byte: Llama 2, Mistral). Raises ValueError for others.
+    """
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    kinds = {part["type"]: part for part in decoder.get("decoders", [decoder]) if part}
+    spaces = kinds.get("Metaspace", {}).get("replacement") or kinds.get("Replace", {}).get("pattern", {}).get("String")
+    alphabet = _byte_alphabet()
+
+    def piece_bytes(piece: str) -> bytes:
+        if "ByteLevel" in kinds:
+            return bytes(alphabet[c] for c in piece)
+        if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    if "ByteLevel" not in kinds and spaces != "\u2581":
+        raise ValueError(
+            f"stop strings need a byte-level or sentencepiece tokenizer; this one decodes by {', '.join(kinds)}."
+        )
+    added = tokenizer.added_tokens_decoder  # these stand for themselves
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return [
+        (b"" if added[i].special else added[i].content.encode()) if i in added else piece_bytes(piece)
+        for i, piece in enumerate(pieces)
+    ]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that a byte-level vocabulary writes for each byte: itself if printable, else one from 256 on.
+
+    Source: Radford et al. 2019, "Language models are unsupervised multitask learners", section 2.2, and its code.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:

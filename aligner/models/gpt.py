@@ -65,6 +65,8 @@ def transformer_config(shape: ModelShape) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=torch.float32,
@@ -86,10 +88,13 @@ def transformer_config(shape: ModelShape) -> TransformerConfig:
 def build(shape: ModelShape) -> HiddenStates:
     """The network with uninitialised weights."""
     config = transformer_config(shape)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = CausalAttention
-    return HiddenStates(
+    attention.core_attention = CausalAttention
+    if shape.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    model = HiddenStates(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * shape.num_layers, layer_norm=RMSNorm),
         vocab_size=shape.vocab,
@@ -97,5 +102,6 @@ def build(shape: ModelShape) -> HiddenStates:
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
-        rotary_base=shape.rope_base,
     )
+    model.rotary_pos_emb.inv_freq = shape.rope.frequencies(shape.head_dim)  # Megatron's own scalings are fewer
+    return model

@@ -109,8 +109,14 @@ class Network:
         )
 
     def micro_batches(self, cu_seqlens: Tensor) -> list[list[int]]:
-        """Sequences of each forward pass."""
-        return split((cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), self.tokens_per_micro_batch)
+        """Sequences of each forward pass. Raises ValueError for one that is longer than the model's context."""
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        for i, length in enumerate(lengths):
+            if length > self.shape.context:
+                raise ValueError(
+                    f"sequence {i} has {length} tokens, over the model's context of {self.shape.context}; shorten it."
+                )
+        return split(lengths, self.tokens_per_micro_batch)
 
     @torch.no_grad()
     def run(self, rollout, head: Head) -> tuple[Tensor, ...]:

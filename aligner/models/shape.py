@@ -5,12 +5,27 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-FAMILIES = ("llama", "mistral")
+from aligner.models.rope import Rope
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Fields of a config.json that would need code this library does not have, and what they must be, if they are there.
+EXPECTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "num_experts": None,
+    "num_local_experts": None,
+    "quantization_config": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Sizes of a Llama-like decoder. All counts; rope_base and norm_eps are dimensionless; context is in tokens."""
+    """Sizes of a Llama-like decoder. All counts; norm_eps is dimensionless; context is in tokens.
+
+    qkv_bias: queries, keys and values have a bias (Qwen2).
+    qk_norm: queries and keys are normalised by head before they are rotated (Qwen3).
+    """
 
     num_layers: int
     hidden: int
@@ -20,9 +35,11 @@ class ModelShape:
     head_dim: int
     vocab: int
     context: int
-    rope_base: float
     norm_eps: float
     tied: bool
+    rope: Rope
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     @staticmethod
     def from_folder(folder: Path) -> "ModelShape":
@@ -37,12 +54,10 @@ class ModelShape:
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"{path}: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}.")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        _refuse(path, "rope_type", rope.get("rope_type", "default"), "default")
-        _refuse(path, "hidden_act", config.get("hidden_act", "silu"), "silu")
-        _refuse(path, "attention_bias", bool(config.get("attention_bias", False)), False)
-        _refuse(path, "mlp_bias", bool(config.get("mlp_bias", False)), False)
-        _refuse(path, "sliding_window", config.get("sliding_window"), None)
+        for name, expected in EXPECTED.items():
+            if (config.get(name) or None) not in (None, expected or None):
+                _refuse(path, name, config[name], expected)
+        _refuse_windows(path, config)
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return ModelShape(
             num_layers=config["num_hidden_layers"],
@@ -50,12 +65,14 @@ class ModelShape:
             ffn=config["intermediate_size"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
+            head_dim=config.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
             vocab=config["vocab_size"],
             context=config["max_position_embeddings"],
-            rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             norm_eps=float(config["rms_norm_eps"]),
             tied=bool(config.get("tie_word_embeddings", False)),
+            rope=Rope.from_config(path, config),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
         )
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -75,6 +92,10 @@ class ModelShape:
                 at + "mlp.up_proj.weight": (self.ffn, self.hidden),
                 at + "mlp.down_proj.weight": (self.hidden, self.ffn),
             }
+            if self.qkv_bias:
+                shapes |= {at + f"self_attn.{c}_proj.bias": (n,) for c, n in (("q", q), ("k", kv), ("v", kv))}
+            if self.qk_norm:
+                shapes |= {at + f"self_attn.{c}_norm.weight": (self.head_dim,) for c in "qk"}
         shapes["model.norm.weight"] = (self.hidden,)
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab, self.hidden)
@@ -86,5 +107,15 @@ class ModelShape:
 
 
 def _refuse(path: Path, name: str, got, expected) -> None:
-    if got != expected:
-        raise ValueError(f"{path}: {name} = {got!r} is not supported; this version runs models with {expected!r}.")
+    raise ValueError(f"{path}: {name} = {got!r} is not supported; this library runs models with {expected!r}.")
+
+
+def _refuse_windows(path: Path, config: dict) -> None:
+    """A sliding window is refused where it hides a token of the context from another."""
+    layers = config.get("layer_types") or []
+    if any(kind != "full_attention" for kind in layers):
+        _refuse(path, "layer_types", layers, "full_attention")
+    window = config.get("sliding_window", 4096)  # what transformers takes where a file is silent
+    used = config["model_type"] == "mistral" or config.get("use_sliding_window", False)
+    if used and window is not None and window < config["max_position_embeddings"]:
+        _refuse(path, "sliding_window", window, None)

@@ -14,43 +14,59 @@ from torch import Tensor
 from aligner._engine import Engine
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import Rollout
+from aligner.data.tokenizer import load_tokenizer, token_bytes
 from aligner.models.shape import ModelShape
-<<<<<<< HEAD
-from aligner.models.weights import entry, fill
-from aligner.rollout.sampling import Response, Sampling, pack_responses
-=======
 from aligner.models.weights import entry, fill, manifest
-from aligner.rollout.sampling import Response, Sampling
->>>>>>> e4b09b09befdf1c1be27a4ea080099f9e9ec52aa
+from aligner.rollout.sampling import Response, Sampling, pack_responses
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}  # of what is not quantised
+QUANTISED = ("qkv", "attention_out", "gate_up", "down")
 
 
 class NativeSampler:
     """Samples from a decoder of `shape` whose weights come from a refit (or from_pretrained).
 
-    dtype: "float32" or "bfloat16", of weights; activations, cache and logits are float32.
+    dtype: "float32", "bfloat16" or "int8", of weights; activations, cache and logits are float32. int8 holds the
+        layers' matrices as integers with one scale a row; embedding, head, norms and biases stay float32. On SmolLM2
+        that moves the log-probability of a sampled token by 0.06 nats in the mean and 0.39 at most of 576 tokens. A
+        refit of int8 weights needs the room of a float32 model while it lasts.
     max_batch: sequences decoded at once.
     cache_bytes: of the key-value cache, at most; held only while sequences are in flight.
+    tokenizer: a Hugging Face folder; read when the first stop string asks for the tokens' texts.
     It runs on as many threads as torch does, and in one Python thread at a time.
     """
 
-    def __init__(self, shape: ModelShape, *, dtype: str = "float32", max_batch: int = 64, cache_bytes: int = 1 << 30):
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        dtype: str = "float32",
+        max_batch: int = 64,
+        cache_bytes: int = 1 << 30,
+        tokenizer: Path | None = None,
+    ):
         if dtype not in DTYPES:
             raise ValueError(f"sampler dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-        self.shape, self.max_batch = shape, max_batch
+        self.shape, self.max_batch, self.tokenizer = shape, max_batch, tokenizer
         self.weights_version = -1  # none yet
         self.refusal = ""  # why the weights cannot be sampled from; empty when they can
         self.weights: dict[str, Tensor] = {}
         entries: list[dict] = []
         for name, parts in _layout(shape).items():
             tail = shape.tensors()[parts[0][0]][1:]
-            self.weights[name] = torch.zeros(sum(rows for _, _, rows in parts), *tail, dtype=DTYPES[dtype])
-            entries.append(entry(name, self.weights[name], parts))
+            rows = sum(rows for _, _, rows in parts)
+            entries.append(entry(name, torch.empty(rows, *tail, dtype=DTYPES[dtype], device="meta"), parts))
+            if dtype == "int8" and name.endswith(QUANTISED):
+                self.weights |= {name: torch.zeros(rows, *tail, dtype=torch.int8), name + ".scale": torch.zeros(rows)}
+            else:
+                self.weights[name] = torch.zeros(rows, *tail, dtype=DTYPES[dtype])
         self._manifest = manifest(shape.tensors(), entries)
-        frequencies = shape.rope_base ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
         self.engine = Engine(
-            shape=shape, frequencies=frequencies.tolist(), weights=self.weights, dtype=dtype, cache_bytes=cache_bytes
+            shape=shape,
+            frequencies=shape.rope.frequencies(shape.head_dim).tolist(),
+            weights=self.weights,
+            dtype=dtype,
+            cache_bytes=cache_bytes,
         )
         self._owners: dict[int, tuple[int, int, dict]] = {}  # sequence id -> prompt, sample, inbox of its stream
 
@@ -60,14 +76,31 @@ class NativeSampler:
         if threads:
             torch.set_num_threads(threads)
         shape = ModelShape.from_folder(folder)
-        sampler = NativeSampler(shape, dtype=dtype)
-        fill(sampler._manifest["tensors"], sampler.weights, Weights(folder, shape.tensors()))
+        sampler = NativeSampler(shape, dtype=dtype, tokenizer=folder)
+        destination = sampler._destination()
+        fill(sampler._manifest["tensors"], destination, Weights(folder, shape.tensors()))
+        sampler._quantise(destination)
         sampler.weights_version = 0
         return sampler
 
     def manifest(self) -> dict:
         """Where each parameter stands in the Hugging Face checkpoint (see models.weights)."""
         return self._manifest
+
+    def _destination(self) -> dict[str, Tensor]:
+        """What the manifest names: the weights themselves, or float32 rows for those that _quantise() will read."""
+        held = {name: weight for name, weight in self.weights.items() if not name.endswith(".scale")}
+        return {name: torch.empty(w.shape) if w.dtype == torch.int8 else w for name, w in held.items()}
+
+    @torch.no_grad()
+    def _quantise(self, destination: dict[str, Tensor]) -> None:
+        """Symmetric integers for each row: scale = max |w| / 127, w ~ scale * round(w / scale)."""
+        for name in list(destination):
+            if self.weights[name].dtype == torch.int8:
+                rows = destination.pop(name)
+                scale = rows.abs().amax(1) / 127
+                self.weights[name + ".scale"].copy_(scale)
+                self.weights[name].copy_(rows.div_(scale.clamp(min=1e-30)[:, None]).round_())
 
     def refit(self, plan, source, version: int) -> None:
         """Overwrite the weights in place by executing `plan` from `source`; `version` becomes weights_version.
@@ -84,10 +117,12 @@ class NativeSampler:
                 f"sampler: refit to version {version}, but the weights are of version {self.weights_version} already; "
                 "versions go up."
             )
-        plan.preflight(source, self._manifest, self.weights)
+        destination = self._destination()
+        plan.preflight(source, self._manifest, destination)
         self.refusal = f"the refit to version {version} was interrupted"
         try:
-            plan.execute(source, self.weights)
+            plan.execute(source, destination)
+            self._quantise(destination)
         except Exception as error:
             self.refusal = f"the refit to version {version} failed after its first write ({error})"
             raise
@@ -135,11 +170,19 @@ class NativeSampler:
                 finished=done.stopped,
             )
 
+    def _know_tokens(self) -> None:
+        if self.tokenizer is None:
+            raise ValueError("stop_strings need the texts of the tokens; give NativeSampler a tokenizer folder.")
+        texts = token_bytes(load_tokenizer(self.tokenizer))[: self.shape.vocab]
+        self.engine.set_token_texts(texts + [b""] * (self.shape.vocab - len(texts)))  # ids that pad the vocabulary
+
     def _check(self, prompts: list[list[int]], sampling: Sampling, n: int) -> None:
         if self.refusal:
             raise RuntimeError(f"sampler: the weights are a mixture, because {self.refusal}; refit all of them again.")
         if n < 1:
             raise ValueError(f"n is {n}, expected 1 or more samples a prompt.")
+        if sampling.stop_strings and not self.engine.has_token_texts:
+            self._know_tokens()
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {i} is empty; give it at least one token (a begin-of-text token will do).")
@@ -176,4 +219,9 @@ def _layout(shape: ModelShape) -> dict[str, list[tuple[str, int, int]]]:
             f"layers.{i}.gate_up": whole(hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"),
             f"layers.{i}.down": whole(hf + "mlp.down_proj.weight"),
         }
+        if shape.qkv_bias:
+            layout[f"layers.{i}.qkv_bias"] = whole(*(hf + f"self_attn.{c}_proj.bias" for c in "qkv"))
+        if shape.qk_norm:
+            layout[f"layers.{i}.query_norm"] = whole(hf + "self_attn.q_norm.weight")
+            layout[f"layers.{i}.key_norm"] = whole(hf + "self_attn.k_norm.weight")
     return layout

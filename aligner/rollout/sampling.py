@@ -4,13 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-<<<<<<< HEAD
-from torch import Tensor
-
 from aligner.data.batch import Rollout, pack_rollout
-=======
-from aligner.data.batch import Rollout
->>>>>>> e4b09b09befdf1c1be27a4ea080099f9e9ec52aa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +17,11 @@ class Sampling:
     min_p: keep tokens of at least min_p times the largest probability; 0 keeps all.
     repetition_penalty: dimensionless; positive logits of tokens that the prompt or the response holds are divided by
         it, negative ones multiplied; 1 changes nothing.
-    min_tokens: a stop token cannot come before that many tokens.
+    min_tokens: a stop token cannot come before that many tokens, nor does a stop string count that is complete by then.
     max_tokens: length limit of a response, in tokens.
     stop: token ids that end a response; the stop token belongs to the response.
+    stop_strings: texts that end a response as soon as it contains one, however its tokens split it. The tokens that
+        hold it belong to the response; the last one may carry text beyond it. Special tokens have no text.
     seed: of the random streams; the same (seed, prompt, sample index) draws the same response in any batch.
     """
 
@@ -37,6 +33,7 @@ class Sampling:
     min_tokens: int = 0
     max_tokens: int = 64
     stop: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self):
@@ -52,6 +49,8 @@ class Sampling:
             raise ValueError(f"Sampling: repetition_penalty is {self.repetition_penalty}, expected more than 0.")
         if self.max_tokens < 1:
             raise ValueError(f"Sampling: max_tokens is {self.max_tokens}, expected 1 or more.")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"Sampling: stop_strings is {self.stop_strings!r}, expected a tuple of texts, none empty.")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(
                 f"Sampling: min_tokens is {self.min_tokens}, expected 0 to max_tokens, which is {self.max_tokens}."
@@ -90,11 +89,11 @@ class Response:
     """One finished response.
 
     prompt, sample: index of its prompt in the call, and which of that prompt's n samples it is.
-    tokens: ids, the stop token included.
+    tokens: ids, the stop token and those of a stop string included.
     logprobs: nats; of each token under softmax(logits / temperature), temperature 1 when greedy: what the trainer
         computes too, before penalties and cuts.
     sampling_logprobs: nats; of each token under the distribution that it was drawn from, after penalties and cuts.
-    finished: True when a stop token ended it, False at the length limit.
+    finished: True when a stop token or a stop string ended it, False at the length limit.
     """
 
     prompt: int

@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "engine/engine.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 using namespace aligner;
@@ -27,10 +28,14 @@ const void* address(const py::dict& weights, const std::string& name, const std:
   return reinterpret_cast<const void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
 }
 
+Matrix matrix(const py::dict& weights, const std::string& name, const std::vector<int64_t>& shape,
+              const std::string& dtype) {
+  const void* rows = address(weights, name, shape, dtype);
+  if (dtype != "int8") return {rows, nullptr};
+  return {rows, static_cast<const float*>(address(weights, name + ".scale", {shape[0]}, "float32"))};
+}
+
 DecoderShape decoder_shape(const py::object& shape, const std::vector<float>& frequencies, const std::string& dtype) {
-  if (dtype != "float32" && dtype != "bfloat16") {
-    throw py::value_error("sampler dtype is '" + dtype + "', expected one of float32, bfloat16.");
-  }
   const auto size = [&](const char* name) { return shape.attr(name).cast<int64_t>(); };
   DecoderShape s{};
   s.num_layers = size("num_layers");
@@ -39,7 +44,7 @@ DecoderShape decoder_shape(const py::object& shape, const std::vector<float>& fr
   s.vocab = size("vocab");
   s.attention = {size("heads"), size("kv_heads"), size("head_dim")};
   s.norm_eps = shape.attr("norm_eps").cast<float>();
-  s.dtype = dtype == "float32" ? Dtype::float32 : Dtype::bfloat16;
+  s.dtype = dtype == "bfloat16" ? Dtype::bfloat16 : Dtype::float32;
   s.rotary_frequencies = frequencies;
   if (2 * int64_t(frequencies.size()) != s.attention.head_dim || s.attention.heads % s.attention.kv_heads != 0) {
     throw py::value_error("sampler: heads must be a multiple of kv_heads, head_dim twice the rotary frequencies");
@@ -47,20 +52,26 @@ DecoderShape decoder_shape(const py::object& shape, const std::vector<float>& fr
   return s;
 }
 
-DecoderWeights decoder_weights(const DecoderShape& s, const py::dict& weights, bool tied, const std::string& dtype) {
+DecoderWeights decoder_weights(const DecoderShape& s, const py::dict& weights, const py::object& shape,
+                               const std::string& dtype) {
   const int64_t queries = s.attention.heads * s.attention.head_dim, keys = s.attention.kv_heads * s.attention.head_dim;
+  const std::string other = dtype == "int8" ? "float32" : dtype;  // of what is no layer's matrix
+  const auto vector = [&](const std::string& name, int64_t size) { return address(weights, name, {size}, other); };
+  const auto has = [&](const char* part) { return shape.attr(part).cast<bool>(); };
   DecoderWeights w{};
-  w.embedding = address(weights, "embedding", {s.vocab, s.hidden}, dtype);
-  w.norm = address(weights, "norm", {s.hidden}, dtype);
-  w.head = tied ? w.embedding : address(weights, "head", {s.vocab, s.hidden}, dtype);
+  w.embedding = address(weights, "embedding", {s.vocab, s.hidden}, other);
+  w.norm = vector("norm", s.hidden);
+  w.head = has("tied") ? w.embedding : address(weights, "head", {s.vocab, s.hidden}, other);
   for (int64_t i = 0; i < s.num_layers; ++i) {
     const std::string at = "layers." + std::to_string(i) + ".";
-    w.layers.push_back({address(weights, at + "attention_norm", {s.hidden}, dtype),
-                        address(weights, at + "qkv", {queries + 2 * keys, s.hidden}, dtype),
-                        address(weights, at + "attention_out", {s.hidden, queries}, dtype),
-                        address(weights, at + "ffn_norm", {s.hidden}, dtype),
-                        address(weights, at + "gate_up", {2 * s.ffn, s.hidden}, dtype),
-                        address(weights, at + "down", {s.hidden, s.ffn}, dtype)});
+    w.layers.push_back(
+        {vector(at + "attention_norm", s.hidden), matrix(weights, at + "qkv", {queries + 2 * keys, s.hidden}, dtype),
+         matrix(weights, at + "attention_out", {s.hidden, queries}, dtype), vector(at + "ffn_norm", s.hidden),
+         matrix(weights, at + "gate_up", {2 * s.ffn, s.hidden}, dtype),
+         matrix(weights, at + "down", {s.hidden, s.ffn}, dtype),
+         has("qkv_bias") ? vector(at + "qkv_bias", queries + 2 * keys) : nullptr,
+         has("qk_norm") ? vector(at + "query_norm", s.attention.head_dim) : nullptr,
+         has("qk_norm") ? vector(at + "key_norm", s.attention.head_dim) : nullptr});
   }
   return w;
 }
@@ -68,7 +79,7 @@ DecoderWeights decoder_weights(const DecoderShape& s, const py::dict& weights, b
 std::unique_ptr<Engine> make_engine(const py::object& shape, const std::vector<float>& frequencies,
                                     const py::dict& weights, const std::string& dtype, int64_t cache_bytes) {
   const DecoderShape s = decoder_shape(shape, frequencies, dtype);
-  return std::make_unique<Engine>(s, decoder_weights(s, weights, shape.attr("tied").cast<bool>(), dtype), cache_bytes);
+  return std::make_unique<Engine>(s, decoder_weights(s, weights, shape, dtype), cache_bytes);
 }
 
 std::vector<int64_t> add(Engine& engine, const std::vector<int32_t>& prompt, const std::vector<uint64_t>& keys,
@@ -82,12 +93,14 @@ std::vector<int64_t> add(Engine& engine, const std::vector<int32_t>& prompt, con
   s.min_tokens = sampling.attr("min_tokens").cast<int64_t>();
   s.max_tokens = sampling.attr("max_tokens").cast<int64_t>();
   s.stop = sampling.attr("stop").cast<std::vector<int32_t>>();
+  s.stop_strings = sampling.attr("stop_strings").cast<std::vector<std::string>>();
   return engine.add(prompt, keys, s);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_engine, m) {
+  m.def("max_threads", &max_threads);
   py::class_<Finished>(m, "Finished")
       .def_readonly("id", &Finished::id)
       .def_readonly("tokens", &Finished::tokens)
@@ -102,6 +115,8 @@ PYBIND11_MODULE(_engine, m) {
   py::class_<Engine>(m, "Engine")
       .def(py::init(&make_engine), py::kw_only(), py::arg("shape"), py::arg("frequencies"), py::arg("weights"),
            py::arg("dtype"), py::arg("cache_bytes"), py::keep_alive<1, 4>())
+      .def("set_token_texts", &Engine::set_token_texts)
+      .def_property_readonly("has_token_texts", &Engine::has_token_texts)
       .def("add", &add)
       .def("cancel", &Engine::cancel)
       .def("step", &Engine::step, py::call_guard<py::gil_scoped_release>())

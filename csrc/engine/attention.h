@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "dispatch.h"
+#include "dtype.h"
 
 namespace aligner {
 
@@ -32,14 +33,19 @@ struct AttentionRows {
   int64_t rows;
 };
 
-// Rotates queries in place; writes rotated keys, and values, to the cache.
+// Adds the bias of queries, keys and values, normalises queries and keys by head (RMSNorm), both if there, and rotates
+// them: queries in place; rotated keys, and values, go to the cache.
 // Source: Su et al. 2021, arXiv:2104.09864, eq. 34, halves laid out as Llama does.
 struct RotateParams {
   AttentionShape shape;
   AttentionRows at;
-  float* qkv;        // [rows, (heads + 2 kv_heads) head_dim]
-  const float* cos;  // [rows, head_dim / 2]
-  const float* sin;  // [rows, head_dim / 2]
+  float* qkv;                         // [rows, (heads + 2 kv_heads) head_dim]
+  const float* cos;                   // [rows, head_dim / 2]
+  const float* sin;                   // [rows, head_dim / 2]
+  const void* bias;                   // [(heads + 2 kv_heads) head_dim], or null
+  const void *query_norm, *key_norm;  // [head_dim] weights, or null
+  float epsilon;                      // dimensionless, of the norms
+  Dtype dtype;                        // of bias and norms
 };
 
 struct AttentionParams {

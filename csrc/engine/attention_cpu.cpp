@@ -1,5 +1,6 @@
 #include "buffer.h"
 #include "engine/attention.h"
+#include "engine/norm_row.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -18,6 +19,26 @@ ALIGNER_INLINE void rotate(const float* x, const float* cos, const float* sin, i
   }
 }
 
+template <class D>
+static void bias_and_norm(const RotateParams& p, float* q) {
+  using T = typename D::T;
+  const AttentionShape& s = p.shape;
+  const int64_t width = (s.heads + 2 * s.kv_heads) * s.head_dim;
+  if (p.bias) {
+    const T* bias = static_cast<const T*>(p.bias);
+    for (int64_t k = 0; k < width; k += LANES) {
+      const int64_t n = width - k;
+      store_some<Float32>(q + k, load_some<Float32>(q + k, n, 0.f) + load_some<D>(bias + k, n, 0.f), n);
+    }
+  }
+  if (p.query_norm) {
+    for (int64_t h = 0; h < s.heads + s.kv_heads; ++h) {
+      const T* weight = static_cast<const T*>(h < s.heads ? p.query_norm : p.key_norm);
+      norm_row<D>(q + h * s.head_dim, weight, q + h * s.head_dim, s.head_dim, p.epsilon);
+    }
+  }
+}
+
 void rotate_cpu(const RotateParams& p) {
   const AttentionShape& s = p.shape;
   const int64_t half = s.head_dim / 2, width = (s.heads + 2 * s.kv_heads) * s.head_dim;
@@ -27,6 +48,7 @@ void rotate_cpu(const RotateParams& p) {
       const int64_t token = p.at.position[i] % BLOCK_TOKENS;
       float* block = p.at.cache + p.at.blocks[i][p.at.position[i] / BLOCK_TOKENS] * p.at.block_pitch;
       float* q = p.qkv + i * width;
+      with_dtype(p.dtype, [&](auto d) { bias_and_norm<decltype(d)>(p, q); });
       for (int64_t h = 0; h < s.heads; ++h) rotate(q + h * s.head_dim, cos, sin, half, q + h * s.head_dim, 1);
       const float *k = q + s.heads * s.head_dim, *v = k + s.kv_heads * s.head_dim;
       for (int64_t h = 0; h < s.kv_heads; ++h) {
@@ -143,7 +165,7 @@ void attention_cpu(const AttentionParams& p) {
   int64_t longest = 0;
   for (int64_t i = 0; i < p.at.rows; ++i) longest = larger(longest, p.at.position[i] + 1);
   // Rows differ in length: threads take them in turns. A row's sums do not depend on who takes it.
-  const int64_t threads = smaller(tasks, omp_get_max_threads());
+  const int64_t threads = smaller(tasks, max_threads());
   parallel_parts(threads, 1, [&](int64_t begin, int64_t end, int) {
     Buffer scores(group * (longest + BLOCK_TOKENS));
     for (int64_t thread = begin; thread < end; ++thread) {

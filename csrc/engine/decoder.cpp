@@ -29,9 +29,9 @@ void Decoder::norm(const float* x, const void* weight, int64_t rows) {
   rms_norm_cpu({x, weight, normed_.data(), rows, shape_.hidden, shape_.norm_eps, shape_.dtype});
 }
 
-void Decoder::product(const float* x, const void* weight, float* y, int64_t rows, int64_t outputs, int64_t depth,
+void Decoder::product(const float* x, const Matrix& weight, float* y, int64_t rows, int64_t outputs, int64_t depth,
                       bool add) {
-  matmul_cpu({x, weight, y, rows, outputs, depth, shape_.dtype, add});
+  matmul_cpu({x, weight.rows, y, rows, outputs, depth, shape_.dtype, add, weight.scales});
 }
 
 // Angles are float32 products as in the trainer, their cosines exact.
@@ -52,7 +52,8 @@ void Decoder::layer(const LayerWeights& w, const AttentionRows& at) {
   const int64_t rows = at.rows, hidden = shape_.hidden, queries = a.heads * a.head_dim;
   norm(x_.data(), w.attention_norm, rows);
   product(normed_.data(), w.qkv, qkv_.data(), rows, queries + 2 * a.kv_heads * a.head_dim, hidden, false);
-  rotate_cpu({a, at, qkv_.data(), cos_.data(), sin_.data()});
+  rotate_cpu({a, at, qkv_.data(), cos_.data(), sin_.data(), w.qkv_bias, w.query_norm, w.key_norm, shape_.norm_eps,
+              shape_.dtype});
   attention_cpu({a, at, qkv_.data(), attended_.data()});
   product(attended_.data(), w.attention_out, x_.data(), rows, hidden, queries, true);
   norm(x_.data(), w.ffn_norm, rows);
@@ -83,7 +84,7 @@ const float* Decoder::forward(const StepRows& step, float* cache) {
     std::copy_n(x_.data() + step.logit_rows[i] * hidden, hidden, x_.data() + i * hidden);
   }
   norm(x_.data(), weights_.norm, wanted);
-  product(normed_.data(), weights_.head, logits_.data(), wanted, shape_.vocab, hidden, false);
+  product(normed_.data(), {weights_.head, nullptr}, logits_.data(), wanted, shape_.vocab, hidden, false);
   return logits_.data();
 }
 

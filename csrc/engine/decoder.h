@@ -12,13 +12,21 @@ struct DecoderShape {
   int64_t num_layers, hidden, ffn, vocab;
   AttentionShape attention;
   float norm_eps;                         // dimensionless
-  Dtype dtype;                            // of the weights: float32 or bfloat16
+  Dtype dtype;                            // of all weights but int8 matrices: float32 or bfloat16
   std::vector<float> rotary_frequencies;  // [head_dim / 2] radians per token
 };
 
-// Views of storage that somebody else owns and may refill between two steps. Rows are outputs.
+// Views of storage that somebody else owns and may refill between two steps.
+struct Matrix {
+  const void* rows;     // one an output
+  const float* scales;  // null, or what each row of int8 is multiplied by
+};
 struct LayerWeights {
-  const void *attention_norm, *qkv, *attention_out, *ffn_norm, *gate_up, *down;
+  const void* attention_norm;
+  Matrix qkv, attention_out;
+  const void* ffn_norm;
+  Matrix gate_up, down;
+  const void *qkv_bias, *query_norm, *key_norm;  // null where the model has none
 };
 struct DecoderWeights {
   const void *embedding, *norm, *head;  // head is embedding when they are tied
@@ -47,7 +55,7 @@ class Decoder {
   void angles(const StepRows& rows);
   void layer(const LayerWeights& w, const AttentionRows& at);
   void norm(const float* x, const void* weight, int64_t rows);
-  void product(const float* x, const void* weight, float* y, int64_t rows, int64_t outputs, int64_t depth, bool add);
+  void product(const float* x, const Matrix& weight, float* y, int64_t rows, int64_t outputs, int64_t depth, bool add);
 
   DecoderShape shape_;
   DecoderWeights weights_;

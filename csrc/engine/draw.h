@@ -1,6 +1,7 @@
 // Drawing a token from a row of logits.
 #pragma once
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace aligner {
@@ -11,9 +12,10 @@ struct Sampling {
   float top_p = 1;               // in (0, 1]; the smallest set of tokens that reaches it is kept
   float min_p = 0;               // in [0, 1]; of the largest probability, what a token needs to be kept
   float repetition_penalty = 1;  // > 0; divides positive logits, multiplies negative ones, of tokens already there
-  int64_t min_tokens = 0;        // tokens before a stop token may come
+  int64_t min_tokens = 0;        // tokens before a stop token, or the token that completes a stop string, may come
   int64_t max_tokens = 1;        // tokens
   std::vector<int32_t> stop;     // ids
+  std::vector<std::string> stop_strings;  // bytes, none empty
 };
 
 struct Drawn {

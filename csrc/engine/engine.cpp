@@ -1,12 +1,13 @@
 #include "engine/engine.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <exception>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "engine/stop.h"
+#include "parallel.h"
 
 namespace aligner {
 namespace {
@@ -37,6 +38,7 @@ struct Engine::Sequence {
   std::vector<int32_t> tokens;  // prompt and response
   std::vector<float> logprobs, sampling_logprobs;
   std::vector<int32_t> blocks;
+  StopText text;
   int64_t computed = 0;  // tokens that stand in the cache
   int64_t placed = 0;    // tokens in the current step
   bool running = false;
@@ -51,6 +53,14 @@ Engine::Engine(DecoderShape shape, DecoderWeights weights, int64_t cache_bytes)
 
 Engine::~Engine() = default;
 
+void Engine::set_token_texts(std::vector<std::string> texts) {
+  if (int64_t(texts.size()) != decoder_.shape().vocab) {
+    throw std::invalid_argument("texts of " + std::to_string(texts.size()) + " tokens, expected " +
+                                std::to_string(decoder_.shape().vocab) + "; was another tokenizer used?");
+  }
+  token_texts_ = std::move(texts);
+}
+
 std::vector<int64_t> Engine::add(const std::vector<int32_t>& prompt, const std::vector<uint64_t>& keys,
                                  const Sampling& sampling) {
   const int64_t vocab = decoder_.shape().vocab, longest = prompt.size() + sampling.max_tokens;
@@ -59,6 +69,11 @@ std::vector<int64_t> Engine::add(const std::vector<int32_t>& prompt, const std::
       !std::all_of(sampling.stop.begin(), sampling.stop.end(), in_vocabulary)) {
     throw std::invalid_argument("a prompt is empty, or a prompt or stop token is not in [0, " + std::to_string(vocab) +
                                 "); was another tokenizer used?");
+  }
+  for (const std::string& text : sampling.stop_strings) {
+    if (text.empty() || !has_token_texts()) {
+      throw std::invalid_argument("a stop string is empty, or the texts of the tokens are not known");
+    }
   }
   if (longest > token_capacity()) {
     throw std::invalid_argument("a prompt of " + std::to_string(prompt.size()) + " tokens with max_tokens " +
@@ -91,6 +106,12 @@ void Engine::cancel(int64_t id) {
   remove(s);
   if (sequences_.empty()) cache_.give_memory_back();
 }
+
+void Engine::weights_changed() {
+  while (!running_.empty()) preempt_last();
+}
+
+int64_t Engine::generated(int64_t id) const { return sequences_.at(id)->generated(); }
 
 // Forgets a sequence that no longer waits.
 void Engine::remove(Sequence& s) {
@@ -212,21 +233,36 @@ std::vector<Engine::Draw> Engine::draws() const {
 
 void Engine::draw_all(std::vector<Draw>& draws, const float* logits) {
   const int64_t vocab = decoder_.shape().vocab, count = draws.size();
-  drawers_.resize(omp_get_max_threads());
-  std::exception_ptr failure;
-#pragma omp parallel for schedule(dynamic) if (count > 1)
-  for (int64_t i = 0; i < count; ++i) {
-    Draw& d = draws[i];
-    const Sequence& s = *d.sequence;
-    try {
-      d.drawn = drawers_[omp_get_thread_num()].draw(logits + d.logit_row * vocab, vocab, s.group->sampling, s.tokens,
-                                                    s.generated(), uniform(s.key, s.generated()));
-    } catch (...) {
-#pragma omp critical
-      failure = std::current_exception();
+  const int64_t threads = std::min<int64_t>({count, max_threads(), MAX_PARTS});
+  drawers_.resize(std::max<int64_t>(drawers_.size(), threads));
+  std::vector<std::exception_ptr> failures(threads);
+  parallel_parts(threads, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      try {
+        for (int64_t i = thread; i < count; i += threads) {
+          Draw& d = draws[i];
+          const Sequence& s = *d.sequence;
+          d.drawn = drawers_[thread].draw(logits + d.logit_row * vocab, vocab, s.group->sampling, s.tokens,
+                                          s.generated(), uniform(s.key, s.generated()));
+        }
+      } catch (...) {
+        failures[thread] = std::current_exception();
+      }
     }
+  });
+  for (const std::exception_ptr& failure : failures) {
+    if (failure) std::rethrow_exception(failure);
   }
-  if (failure) std::rethrow_exception(failure);
+}
+
+// Whether the token that `s` has just got ends it.
+bool Engine::stops(Sequence& s) const {
+  const Sampling& sampling = s.group->sampling;
+  const int32_t token = s.tokens.back();
+  const bool by_token = std::count(sampling.stop.begin(), sampling.stop.end(), token) > 0;
+  if (sampling.stop_strings.empty()) return by_token;
+  const bool by_text = s.text.ends(token_texts_[token], sampling.stop_strings);
+  return by_token || (by_text && s.generated() > sampling.min_tokens);
 }
 
 // Starts a sample from the blocks of the one that read their prompt.
@@ -262,9 +298,8 @@ std::vector<Finished> Engine::step(int64_t max_sequences) {
     s.tokens.push_back(d.drawn.token);
     s.logprobs.push_back(d.drawn.logprob);
     s.sampling_logprobs.push_back(d.drawn.sampling_logprob);
-    const Sampling& sampling = s.group->sampling;
-    const bool stopped = std::count(sampling.stop.begin(), sampling.stop.end(), d.drawn.token) > 0;
-    if (stopped || s.generated() == sampling.max_tokens) {
+    const bool stopped = stops(s);
+    if (stopped || s.generated() == s.group->sampling.max_tokens) {
       finished.push_back({s.id,
                           {s.tokens.begin() + s.group->prompt_tokens, s.tokens.end()},
                           s.logprobs,

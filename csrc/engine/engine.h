@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -19,7 +20,7 @@ enum class FinishReason { stop, length };
 
 struct Finished {
   int64_t id;
-  std::vector<int32_t> tokens;                     // of the response, the stop token included
+  std::vector<int32_t> tokens;                     // of the response, those that stopped it included
   std::vector<float> logprobs, sampling_logprobs;  // nats, see Drawn
   FinishReason reason;
 };
@@ -33,13 +34,19 @@ class Engine {
   Engine(DecoderShape shape, DecoderWeights weights, int64_t cache_bytes);
   ~Engine();
 
+  // The bytes of each token in a text, for stop strings. Throws std::invalid_argument unless there is one a token.
+  void set_token_texts(std::vector<std::string> texts);
+  bool has_token_texts() const { return !token_texts_.empty(); }
+
   // One sequence for each key, all from the same prompt; their ids. Throws std::invalid_argument.
   std::vector<int64_t> add(const std::vector<int32_t>& prompt, const std::vector<uint64_t>& keys,
                            const Sampling& sampling);
   void cancel(int64_t id);  // no effect on an id that has finished
+  void weights_changed();   // between two steps: what the cache holds of live sequences will be computed again
   // One forward pass, of at most max_sequences sequences; the responses that it ended.
   std::vector<Finished> step(int64_t max_sequences);
 
+  int64_t generated(int64_t id) const;  // tokens of a live sequence's response
   int64_t num_live() const { return sequences_.size(); }
   int64_t token_capacity() const { return cache_.num_blocks() * BLOCK_TOKENS; }
   const Counters& counters() const { return counters_; }
@@ -62,11 +69,13 @@ class Engine {
   void preempt_last();
   std::vector<Draw> draws() const;
   void draw_all(std::vector<Draw>& draws, const float* logits);
+  bool stops(Sequence& s) const;
   void fork(Sequence& s, const std::vector<int32_t>& blocks, int64_t computed);
   void remove(Sequence& s);
 
   Decoder decoder_;
   BlockCache cache_;
+  std::vector<std::string> token_texts_;
   std::unordered_map<int64_t, std::unique_ptr<Sequence>> sequences_;
   std::vector<Sequence*> running_;  // in order of admission
   std::deque<Sequence*> waiting_;

@@ -10,11 +10,12 @@ namespace aligner {
 
 struct MatmulParams {
   const float* x;                // [rows, depth]
-  const void* weight;            // [outputs, depth] float32 or bfloat16
+  const void* weight;            // [outputs, depth] float32, bfloat16 or, with scales, int8
   float* y;                      // [rows, outputs]
   int64_t rows, outputs, depth;  // elements
-  Dtype dtype;                   // of weight; sums are float32
+  Dtype dtype;                   // of weight without scales; sums are float32
   bool add;                      // to what y holds
+  const float* scales;           // [outputs], or null: what an int8 row is multiplied by
 };
 
 ALIGNER_CPU_KERNEL(matmul_cpu, MatmulParams)

@@ -12,6 +12,22 @@ constexpr int64_t PARALLEL_WORK = 1 << 15;          // multiply-adds worth a sec
 
 typedef float vquad __attribute__((vector_size(16)));
 
+struct Int8 {
+  using T = int8_t;
+  ALIGNER_INLINE vfloat load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    typedef int8_t vchar __attribute__((vector_size(LANES)));
+    vchar v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, vfloat);
+#endif
+  }
+};
+
 // Lanes folded down to four. GCC 12 goes through the stack where halves are taken by memcpy.
 ALIGNER_INLINE vquad fold(vfloat v) {
 #if defined(__AVX512F__)
@@ -87,6 +103,11 @@ static inline void tile(const MatmulParams& p, int64_t row, int64_t output, cons
     } else {
       sums = lane_sums(sum[i][0], vfloat{}, vfloat{}, vfloat{});
     }
+    if (p.scales) {
+      vquad scale{};
+      memcpy(&scale, p.scales + output, O * sizeof *y);
+      sums *= scale;
+    }
     vquad old{};
     if (p.add) memcpy(&old, y, O * sizeof *y);
     sums += old;
@@ -121,17 +142,20 @@ static void block(const MatmulParams& p, int64_t row, int64_t rows, int64_t begi
   }
 }
 
-void matmul_cpu(const MatmulParams& p) {
+template <class D>
+static void multiply(const MatmulParams& p) {
   const int64_t tiles = (p.outputs + TILE_OUTPUTS - 1) / TILE_OUTPUTS;
   const int64_t grain = 1 + PARALLEL_WORK / larger(1, p.rows * p.depth * TILE_OUTPUTS);
-  with_dtype(p.dtype, [&](auto d) {
-    parallel_parts(tiles, grain, [&](int64_t begin, int64_t end, int) {
-      for (int64_t row = 0; row < p.rows; row += BLOCK_ROWS) {
-        block<decltype(d)>(p, row, smaller(BLOCK_ROWS, p.rows - row), begin * TILE_OUTPUTS,
-                           smaller(p.outputs, end * TILE_OUTPUTS));
-      }
-    });
+  parallel_parts(tiles, grain, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = 0; row < p.rows; row += BLOCK_ROWS) {
+      block<D>(p, row, smaller(BLOCK_ROWS, p.rows - row), begin * TILE_OUTPUTS, smaller(p.outputs, end * TILE_OUTPUTS));
+    }
   });
+}
+
+void matmul_cpu(const MatmulParams& p) {
+  if (p.scales) return multiply<Int8>(p);
+  with_dtype(p.dtype, [&](auto d) { multiply<decltype(d)>(p); });
 }
 
 }  // namespace aligner::ALIGNER_ISA

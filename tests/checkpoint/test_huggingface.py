@@ -62,9 +62,9 @@ def test_incomplete_folders_are_named(model, tmp_path):
 def test_old_and_new_spelling_of_rope_theta(model):
     folder, shape = model
     config = json.loads((folder / "config.json").read_text())
-    assert shape.rope_base == config.pop("rope_parameters")["rope_theta"]
+    assert shape.rope.theta == config.pop("rope_parameters")["rope_theta"]
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 123.0, "rope_scaling": None}))
-    assert ModelShape.from_folder(folder).rope_base == 123.0
+    assert ModelShape.from_folder(folder).rope.theta == 123.0
 
 
 def test_latest_checkpoint_is_the_highest_step(tmp_path):

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from aligner.models.rope import Rope
 from aligner.models.shape import ModelShape
 from aligner.models.weights import manifest, megatron_entry
 from aligner.refit.shared import SharedWeights
@@ -12,7 +13,7 @@ from tests.refit.layouts import Model, checkpoint, megatron_rank
 
 MODEL = Model(num_layers=2, hidden=16, ffn=24, heads=4, kv_heads=2, head_dim=4, vocab=53)
 SHAPE = ModelShape(
-    num_layers=2, hidden=16, ffn=24, heads=4, kv_heads=2, head_dim=4, vocab=53, context=64, rope_base=1e4,
+    num_layers=2, hidden=16, ffn=24, heads=4, kv_heads=2, head_dim=4, vocab=53, context=64, rope=Rope(),
     norm_eps=1e-5, tied=True,
 )  # fmt: skip
 
