@@ -110,6 +110,8 @@ def _megatron_stacks(name: str, shape: ModelShape, first_layer: int) -> tuple[in
 
 def window(tensor: Tensor, at: Sequence[int], size: Sequence[int]) -> Tensor:
     """The box of `size` at `at`, as a view."""
+    if tensor.shape == size:
+        return tensor
     for axis, (first, count) in enumerate(zip(at, size, strict=True)):
         if count != tensor.shape[axis]:
             tensor = tensor.narrow(axis, first, count)

@@ -56,9 +56,13 @@ def refit_copy(
     """
     if not sources or len(sources) != len(destinations):
         raise ValueError(f"refit_copy: got {len(sources)} sources, {len(destinations)} destinations, expected as many.")
-    tensors = {f"sources[{i}]": t for i, t in enumerate(sources)}
-    tensors |= {f"destinations[{i}]": t for i, t in enumerate(destinations)}
-    if not library.use_compiled("refit_copy", impl, tensors, DTYPES):
+    kinds: dict[tuple, tuple[str, Tensor]] = {}  # the first of each: there may be thousands of tensors
+    for side, tensors in (("sources", sources), ("destinations", destinations)):
+        for i, t in enumerate(tensors):
+            kind = t.dtype, t.device
+            if kind not in kinds:
+                kinds[kind] = f"{side}[{i}]", t
+    if not library.use_compiled("refit_copy", impl, dict(kinds.values()), DTYPES):
         return refit_copy_reference(sources, destinations, add_one=add_one, checksum=checksum)
     ones = list(add_one) if add_one is not None else [False] * len(sources)
     return torch.ops.aligner.refit_copy(list(sources), list(destinations), ones, checksum)

@@ -42,7 +42,10 @@ def check(item: dict, weight: Tensor | LowRank | None, side: str) -> None:
             "publish the manifest again and compile a new plan."
         )
     for t in tensors:
-        last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+        if t.is_contiguous():
+            last = t.storage_offset() + t.numel() - 1
+        else:
+            last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
         needed = (last + 1) * t.element_size() if t.numel() else 0
         if t.untyped_storage().nbytes() < needed:
             raise ValueError(

@@ -4,6 +4,8 @@ Weights lie in the engine's own fused layout ([q|k|v], [gate|up]) and are overwr
 """
 
 import hashlib
+import math
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from aligner.models.weights import entry, fill, manifest
 from aligner.rollout.sampling import Response, Sampling, pack_responses
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}  # of what is not quantised
+HUGE_PAGE, LINE = 1 << 21, 64  # bytes
 QUANTISED = ("qkv", "attention_out", "gate_up", "down")
 
 
@@ -50,16 +53,16 @@ class NativeSampler:
         self.shape, self.max_batch, self.tokenizer = shape, max_batch, tokenizer
         self.weights_version = -1  # none yet
         self.refusal = ""  # why the weights cannot be sampled from; empty when they can
-        self.weights: dict[str, Tensor] = {}
+        sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         entries: list[dict] = []
         for name, parts in _layout(shape).items():
             tail = shape.tensors()[parts[0][0]][1:]
-            rows = sum(rows for _, _, rows in parts)
-            entries.append(entry(name, torch.empty(rows, *tail, dtype=DTYPES[dtype], device="meta"), parts))
+            size = (sum(rows for _, _, rows in parts), *tail)
+            entries.append(entry(name, torch.empty(size, dtype=DTYPES[dtype], device="meta"), parts))
+            sizes[name] = size, DTYPES[dtype]
             if dtype == "int8" and name.endswith(QUANTISED):
-                self.weights |= {name: torch.zeros(rows, *tail, dtype=torch.int8), name + ".scale": torch.zeros(rows)}
-            else:
-                self.weights[name] = torch.zeros(rows, *tail, dtype=DTYPES[dtype])
+                sizes |= {name: (size, torch.int8), name + ".scale": (size[:1], torch.float32)}
+        self.weights = _zeros(sizes)
         self._manifest = manifest(shape.tensors(), entries)
         self.engine = Engine(
             shape=shape,
@@ -197,6 +200,23 @@ def _stream_key(seed: int, sample: int, prompt: list[int]) -> int:
     """The key of a sequence's random stream: a response depends on nothing else that is in the batch."""
     words = np.asarray([seed, sample, *prompt], dtype=np.int64)
     return int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "little")
+
+
+def _zeros(sizes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+    """Tensors in one piece of memory, of huge pages where the system has them: every token reads all of it."""
+    starts, end = {}, 0
+    for name, (size, dtype) in sizes.items():
+        starts[name] = end
+        end += -(-math.prod(size) * dtype.itemsize // LINE) * LINE
+    memory = mmap.mmap(-1, end + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    bytes_ = torch.frombuffer(memory, dtype=torch.uint8)
+    first = -bytes_.data_ptr() % HUGE_PAGE
+    return {
+        name: bytes_[first + starts[name] :][: math.prod(size) * dtype.itemsize].view(dtype).view(size)
+        for name, (size, dtype) in sizes.items()
+    }
 
 
 def _layout(shape: ModelShape) -> dict[str, list[tuple[str, int, int]]]:
