@@ -8,8 +8,8 @@
 
 A round times every subject once; a row is the median of the rounds, prefill included. `bytes` is what the best sampler
 reads: all weights once for each new token of the longest response. llama.cpp takes part where llama-cpp-python is
-installed. The share of the roof is the larger of two: of the fastest sum over the weights, in bytes per second, and of
-the fastest matrix product of torch's, in operations per second.
+installed. Two shares are printed beside each row: of the bytes per second of the fastest sum over the weights, and of the
+operations per second of torch's fastest matrix product, which a better kernel can exceed.
 """
 
 import argparse
@@ -180,13 +180,15 @@ def run(work: Work, roof: Roof) -> list[list]:
     for name, values in times.items():
         (impl, dtype), median = name.split(), statistics.median(values)
         size = work.steps * parameters * WIDTH[dtype]
-        share = max(size / median / roof.bytes, 2 * parameters * work.rows / median / roof.flops)
+        bytes_share = size / median / roof.bytes
+        rate = 2 * parameters * work.rows / median
         where = [datetime.date.today().isoformat(), commit(), machine(), torch.get_num_threads()]
         rows.append([*where, work.shape, dtype, impl, f"{median:.6g}", size, f"{size / median / 1e9:.3g}", ""])
         speed, of_native = work.tokens / median, median / statistics.median(next(iter(times.values())))
         print(
             f"{work.shape} {name}: {speed:.0f} tokens/s ({of_native:.2f} times the first's seconds), "
-            f"{100 * share:.0f} % of the roof",
+            f"{size / median / 1e9:.3g} GB/s ({100 * bytes_share:.0f} % of reading), "
+            f"{rate / 1e9:.3g} GFLOP/s ({100 * rate / roof.flops:.0f} % of torch's product)",
             flush=True,
         )
     return rows

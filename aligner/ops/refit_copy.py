@@ -15,8 +15,17 @@ def refit_copy_reference(
     *,
     add_one: Sequence[bool] | None = None,
     checksum: bool = False,
+    boxes: Tensor | None = None,
 ) -> Tensor:
     """`refit_copy` in plain PyTorch: any device, any float dtype of 2 or 4 bytes."""
+    if boxes is not None:
+        table = boxes.tolist()
+        sources, destinations = (
+            [_box(sources[s], sr, sc, rows, columns) for s, _, sr, sc, _, _, rows, columns in table],
+            [_box(destinations[d], dr, dc, rows, columns) for _, d, _, _, dr, dc, rows, columns in table],
+        )
+        if not table:
+            return boxes.new_zeros(0)
     sums = []
     for source, destination, one in zip(sources, destinations, add_one or [False] * len(sources), strict=True):
         destination.copy_(source.float() + 1 if one else source)
@@ -28,6 +37,10 @@ def refit_copy_reference(
     return torch.stack(sums) if sums else sources[0].new_zeros(0, dtype=torch.int64)
 
 
+def _box(tensor: Tensor, row: int, column: int, rows: int, columns: int) -> Tensor:
+    return (tensor if tensor.dim() == 2 else tensor[None])[row : row + rows, column : column + columns]
+
+
 @torch.no_grad()
 def refit_copy(
     sources: Sequence[Tensor],
@@ -35,6 +48,7 @@ def refit_copy(
     *,
     add_one: Sequence[bool] | None = None,
     checksum: bool = False,
+    boxes: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     r"""Copy every source into its destination, in place, casting on the way.
@@ -49,12 +63,15 @@ def refit_copy(
         its checksum is taken, and nothing changes.
     add_one: one per copy, for norms that one side stores centred at zero; None for none.
     checksum: whether to sum up what was written.
+    boxes: None for each source whole into its destination. Or (number of copies, 8) int64 on the CPU, a row a copy:
+        which source, which destination, row and column in the source, row and column in the destination, rows,
+        columns; a vector is one row. Then add_one and the checksums count boxes.
     impl: "auto" | "reference" | "cpp" | "cuda".
 
     Returns the checksums, (number of copies,) int64, or (0,) without. Raises ValueError for dtypes and devices,
     RuntimeError for shapes and strides, before anything is written.
     """
-    if not sources or len(sources) != len(destinations):
+    if not sources or (boxes is None and len(sources) != len(destinations)):
         raise ValueError(f"refit_copy: got {len(sources)} sources, {len(destinations)} destinations, expected as many.")
     kinds: dict[tuple, tuple[str, Tensor]] = {}  # the first of each: there may be thousands of tensors
     for side, tensors in (("sources", sources), ("destinations", destinations)):
@@ -63,13 +80,14 @@ def refit_copy(
             if kind not in kinds:
                 kinds[kind] = f"{side}[{i}]", t
     if not library.use_compiled("refit_copy", impl, dict(kinds.values()), DTYPES):
-        return refit_copy_reference(sources, destinations, add_one=add_one, checksum=checksum)
-    ones = list(add_one) if add_one is not None else [False] * len(sources)
-    return torch.ops.aligner.refit_copy(list(sources), list(destinations), ones, checksum)
+        return refit_copy_reference(sources, destinations, add_one=add_one, checksum=checksum, boxes=boxes)
+    ones = list(add_one) if add_one is not None else []
+    return torch.ops.aligner.refit_copy(list(sources), list(destinations), ones, checksum, boxes)
 
 
 if library.LOADED:
 
     @torch.library.register_fake("aligner::refit_copy")
-    def _(sources, destinations, add_one, checksum):
-        return sources[0].new_empty(len(sources) if checksum else 0, dtype=torch.int64)
+    def _(sources, destinations, add_one, checksum, boxes=None):
+        copies = len(sources) if boxes is None else boxes.shape[0]
+        return sources[0].new_empty(copies if checksum else 0, dtype=torch.int64)

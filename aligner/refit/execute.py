@@ -1,6 +1,6 @@
 """What a plan does: check both sides, write, read back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,17 +8,15 @@ from torch import Tensor
 
 from aligner import ops
 from aligner.models.lora import LowRank
-from aligner.models.weights import window
 
 TILE = 1 << 19  # elements of a merged tile, 2 MiB: it stays in the cache between the product and the copy
 
 
 class Written(NamedTuple):
-    """One piece of the destination, and the checksum of what was written to it."""
+    """What was written to the destinations: boxes as ops.refit_copy takes them, the sums over each."""
 
-    name: str
-    view: Tensor
-    checksum: int
+    boxes: Tensor
+    checksums: Tensor
 
 
 def check(item: dict, weight: Tensor | LowRank | None, side: str) -> None:
@@ -53,56 +51,68 @@ def check(item: dict, weight: Tensor | LowRank | None, side: str) -> None:
             )
 
 
+def box_table(copies: Sequence, sources: Sequence[str], destinations: Sequence[str]) -> Tensor:
+    """Copies (refit.plan.Copy) as ops.refit_copy takes them, tensors numbered by their place in the lists of names."""
+    numbers = ({name: i for i, name in enumerate(names)} for names in (sources, destinations))
+    source_of, destination_of = numbers
+    rows = []
+    for c in copies:
+        at = (*_matrix(c.source_at, 0), *_matrix(c.destination_at, 0), *_matrix(c.size, 1))
+        rows.append([source_of[c.source], destination_of[c.destination], *at])
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 8)
+
+
+def _matrix(place: Sequence[int], row: int) -> tuple[int, int]:
+    """A vector is a matrix of one row."""
+    return (place[0], place[1]) if len(place) == 2 else (row, place[0])
+
+
 @torch.no_grad()
-def write(copies: Sequence, weight: Callable[[str], Tensor | LowRank], destination: dict[str, Tensor]) -> list[Written]:
-    """Execute copies (refit.plan.Copy): plain ones in one call, those of a weight under an adapter by tiles of it."""
-    sources, into, adapted = [], [], {}
-    for copy in copies:
-        held = weight(copy.source)
-        if isinstance(held, LowRank):
-            adapted.setdefault(copy.source, (held, []))[1].append(copy)
-        else:
-            sources.append(window(held, copy.source_at, copy.size))
-            into.append((copy.destination, window(destination[copy.destination], copy.destination_at, copy.size)))
-    written = _copy(sources, into)
-    for held, its_copies in adapted.values():
-        written += _write_merged(held, its_copies, destination)
-    return written
+def write(boxes: Tensor, sources: Sequence[Tensor | LowRank], destinations: Sequence[Tensor]) -> Written:
+    """Execute the copies: those of a weight under an adapter by tiles of it, all others in one call."""
+    adapted = [i for i, weight in enumerate(sources) if isinstance(weight, LowRank)]
+    if not adapted:
+        return Written(boxes, ops.refit_copy(sources, destinations, checksum=True, boxes=boxes))
+    merged = torch.isin(boxes[:, 0], torch.tensor(adapted))
+    plain = boxes[~merged]
+    bases = [weight.base if isinstance(weight, LowRank) else weight for weight in sources]
+    written = [Written(plain, ops.refit_copy(bases, destinations, checksum=True, boxes=plain))]
+    for i in adapted:
+        written += _write_merged(sources[i], boxes[boxes[:, 0] == i].tolist(), destinations)
+    return Written(torch.cat([w.boxes for w in written]), torch.cat([w.checksums for w in written]))
 
 
-def _copy(sources: Sequence[Tensor], into: Sequence[tuple[str, Tensor]]) -> list[Written]:
-    if not sources:
-        return []
-    sums = ops.refit_copy(sources, [view for _, view in into], checksum=True).tolist()
-    return [Written(name, view, checksum) for (name, view), checksum in zip(into, sums, strict=True)]
-
-
-def _write_merged(weight: LowRank, copies: Sequence, destination: dict[str, Tensor]) -> list[Written]:
+def _write_merged(weight: LowRank, boxes: list[list[int]], destinations: Sequence[Tensor]) -> list[Written]:
     rows, columns = weight.base.shape
     step = max(1, TILE // columns)
     tile, written = weight.base.new_empty(min(step, rows), columns), []
     for row in range(0, rows, step):
         merged = tile[: min(step, rows - row)]
         weight.window((row, 0), merged.shape).merged(out=merged)
-        sources, into = [], []
-        for c in copies:
-            low, high = max(row, c.source_at[0]), min(row + len(merged), c.source_at[0] + c.size[0])
+        pieces = []
+        for _, to, source_row, source_column, to_row, to_column, count, width in boxes:
+            low, high = max(row, source_row), min(row + len(merged), source_row + count)
             if low < high:
-                size = (high - low, c.size[1])
-                at = (c.destination_at[0] + low - c.source_at[0], c.destination_at[1])
-                sources.append(window(merged, (low - row, c.source_at[1]), size))
-                into.append((c.destination, window(destination[c.destination], at, size)))
-        written += _copy(sources, into)
+                at = (low - row, source_column, to_row + low - source_row, to_column)
+                pieces.append([0, to, *at, high - low, width])
+        if pieces:
+            table = torch.tensor(pieces)
+            into, table_of_into = table[:, 1].unique(return_inverse=True)
+            local = table.clone()
+            local[:, 1] = table_of_into
+            sums = ops.refit_copy([merged], [destinations[i] for i in into], checksum=True, boxes=local)
+            written.append(Written(table, sums))
     return written
 
 
 @torch.no_grad()
-def verify(written: Sequence[Written]) -> None:
+def verify(written: Written, destinations: Sequence[Tensor], names: Sequence[str]) -> None:
     """Read everything back. Raises RuntimeError when a piece no longer holds what was written to it."""
-    views = [piece.view for piece in written]
-    sums = ops.refit_copy(views, views, checksum=True).tolist()  # onto itself: only the checksum is taken
-    bad = [piece.name for piece, now in zip(written, sums, strict=True) if piece.checksum != now]
+    onto_itself = written.boxes[:, [1, 1, 4, 5, 4, 5, 6, 7]]  # only the checksum is taken
+    sums = ops.refit_copy(destinations, destinations, checksum=True, boxes=onto_itself)
+    bad = (sums != written.checksums).nonzero().flatten().tolist()
     if bad:
         raise RuntimeError(
-            f"refit: {len(bad)} of {len(written)} pieces read back other than they were written, the first in {bad[0]}"
+            f"refit: {len(bad)} of {len(sums)} pieces read back other than they were written, the first in "
+            f"{names[written.boxes[bad[0], 1]]}"
         )

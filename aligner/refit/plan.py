@@ -5,6 +5,7 @@ planner intersects the boxes. A source is any object with `manifest()` and `weig
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -42,12 +43,14 @@ class Plan:
 
     digest: names the pair of manifests that the plan was compiled from.
     sources, destinations: their entries by name, of parameters that the copies touch.
+    boxes: the copies as ops.refit_copy takes them.
     """
 
     copies: tuple[Copy, ...]
     digest: str
     sources: dict[str, dict] = field(repr=False)
     destinations: dict[str, dict] = field(repr=False)
+    boxes: Tensor = field(repr=False, compare=False)
 
     def preflight(self, source: Source, manifest: dict, destination: dict[str, Tensor]) -> None:
         """Raise ValueError, before anything is written, unless both sides are what the plan was compiled for.
@@ -70,11 +73,12 @@ class Plan:
         Returns the bytes written. Raises RuntimeError when other bytes are read back; then, and when the source
         raises, the destination holds a mixture.
         """
-        written = execute.write(self.copies, source.weight, destination)
-        execute.verify(written)
+        into = [destination[name] for name in self.destinations]
+        written = execute.write(self.boxes, [source.weight(name) for name in self.sources], into)
+        execute.verify(written, into, list(self.destinations))
         for name in self.sources:  # a source that went away or moved on while it was read says so now
             source.weight(name)
-        return sum(piece.view.nbytes for piece in written)
+        return sum(math.prod(c.size) * destination[c.destination].element_size() for c in self.copies)
 
 
 def pair_digest(source: dict, destination: dict) -> str:
@@ -106,11 +110,14 @@ def compile_plan(source: dict, destination: dict) -> Plan:
             if segment["tensor"]:
                 copies += _fill_segment(item, segment, homes.get(segment["tensor"], []))
     used = {c.source for c in copies}
+    sources = {item["name"]: item for item in source["tensors"] if item["name"] in used}
+    destinations = {item["name"]: item for item in destination["tensors"]}
     return Plan(
         copies=tuple(copies),
         digest=pair_digest(source, destination),
-        sources={item["name"]: item for item in source["tensors"] if item["name"] in used},
-        destinations={item["name"]: item for item in destination["tensors"]},
+        sources=sources,
+        destinations=destinations,
+        boxes=execute.box_table(copies, list(sources), list(destinations)),
     )
 
 

@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "engine/engine.h"
+#include "engine/matmul.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -97,9 +98,24 @@ std::vector<int64_t> add(Engine& engine, const std::vector<int32_t>& prompt, con
   return engine.add(prompt, keys, s);
 }
 
+// y = x weight^T, as the decoder's layers compute it: to be measured against other libraries.
+void matmul(const py::object& x, const py::object& weight, const py::object& y) {
+  const auto size = [](const py::object& t, int axis) { return t.attr("shape")[py::int_(axis)].cast<int64_t>(); };
+  const int64_t rows = size(x, 0), depth = size(x, 1), outputs = size(weight, 0);
+  const auto dtype = py::str(weight.attr("dtype")).cast<std::string>().substr(6);  // behind "torch."
+  py::dict tensors;
+  tensors["x"] = x, tensors["weight"] = weight, tensors["y"] = y;
+  const void* from = address(tensors, "x", {rows, depth}, "float32");
+  const void* by = address(tensors, "weight", {outputs, depth}, dtype == "bfloat16" ? dtype : "float32");
+  const void* to = address(tensors, "y", {rows, outputs}, "float32");
+  matmul_cpu({static_cast<const float*>(from), by, static_cast<float*>(const_cast<void*>(to)), rows, outputs, depth,
+              dtype == "bfloat16" ? Dtype::bfloat16 : Dtype::float32, false, nullptr});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_engine, m) {
+  m.def("matmul", &matmul);
   m.def("max_threads", &max_threads);
   py::class_<Finished>(m, "Finished")
       .def_readonly("id", &Finished::id)

@@ -121,6 +121,8 @@ def test_errors():
 def test_opcheck():
     x, y = torch.randn(4, 6), torch.zeros(4, 6)
     torch.library.opcheck(torch.ops.aligner.refit_copy.default, ([x, x[0]], [y, torch.zeros(6)], [False, True], True))
+    boxes = torch.tensor([[0, 0, 1, 2, 0, 3, 2, 3]])
+    torch.library.opcheck(torch.ops.aligner.refit_copy.default, ([x], [y], [], True, boxes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,3 +139,51 @@ def test_more_than_the_caches_hold(isa, dtype):
         assert torch.equal(bits(view), bits(want))
         assert (t[: 3 + i] == -7).all() and (t[3 + i + want.numel() :] == -7).all()
     assert torch.equal(ops.refit_copy(views, views, checksum=True, impl="cpp"), sums)
+
+
+@hypothesis.given(st.integers(0, 10_000))
+@hypothesis.settings(max_examples=30, deadline=None)
+def test_boxes(seed):
+    """Boxes of vectors, matrices and rows of wider ones against slices, and their checksums against the reference's."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(low, high):
+        return int(torch.randint(low, high + 1, (), generator=g))
+
+    sources = [numbers(70), numbers(9, 40, dtype=torch.bfloat16), numbers(30, 50)[:, 3:47]]
+    destinations = [torch.zeros(25, 60), torch.zeros(80, dtype=torch.float16), torch.zeros(40, 64)[:, :57]]
+    matrices = [[t if t.dim() == 2 else t[None] for t in side] for side in (sources, destinations)]
+    boxes, wants = [], []
+    for destination in range(3):
+        source = draw(0, 2)
+        s, d = matrices[0][source], matrices[1][destination]
+        rows, columns = draw(0, min(len(s), len(d))), draw(0, min(s.shape[1], d.shape[1]))
+        at = [draw(0, s.shape[0] - rows), draw(0, s.shape[1] - columns)]
+        to = [draw(0, d.shape[0] - rows), draw(0, d.shape[1] - columns)]
+        boxes.append([source, destination, *at, *to, rows, columns])
+        want = d.clone()
+        want[to[0] : to[0] + rows, to[1] : to[1] + columns] = s[at[0] : at[0] + rows, at[1] : at[1] + columns]
+        wants.append(want)
+    again = [d.clone() for d in destinations]
+    one = [bool(draw(0, 1)) for _ in boxes]
+    table = torch.tensor(boxes)
+    ops.refit_copy(sources, destinations, boxes=table, impl="cpp")
+    for d, want in zip(matrices[1], wants, strict=True):
+        assert torch.equal(bits(d), bits(want))
+    sums = ops.refit_copy(sources, destinations, boxes=table, add_one=one, checksum=True, impl="cpp")
+    expected = ops.refit_copy(sources, again, boxes=table, add_one=one, checksum=True, impl="reference")
+    assert torch.equal(sums, expected)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(again, destinations, strict=True))
+
+
+def test_boxes_outside_are_refused():
+    x, y = torch.randn(4, 6), torch.zeros(4, 6)
+    whole = [0, 0, 0, 0, 0, 0, 4, 6]
+    for field, value in [(0, 1), (1, -1), (2, 1), (3, -1), (4, 1), (5, 1), (6, 5), (7, 7), (7, -1)]:
+        wrong = list(whole)
+        wrong[field] = value
+        with pytest.raises(RuntimeError, match=r"boxes\[1\] lies outside of sources"):
+            ops.refit_copy([x], [y], boxes=torch.tensor([whole, wrong]), impl="cpp")
+    with pytest.raises(RuntimeError, match="boxes must be CPU Long of shape"):
+        ops.refit_copy([x], [y], boxes=torch.zeros(3, 7, dtype=torch.int64), impl="cpp")
+    assert (y == 0).all()
