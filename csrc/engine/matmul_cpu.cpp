@@ -7,6 +7,8 @@ namespace aligner::ALIGNER_ISA {
 constexpr int64_t TILE_OUTPUTS = 4;                 // rows of W that are read side by side
 constexpr int64_t TILE_ROWS = LANES == 16 ? 6 : 3;  // with 4 outputs: 24 of 32, or 12 of 16, registers accumulate
 constexpr int64_t BLOCK_ROWS = 96;                  // rows of X that stay in L2 while W goes by
+constexpr int FEW_ROWS = 2;                         // of X: then W is read as one stream
+constexpr int64_t STREAM_AHEAD = 4096;              // bytes
 constexpr int64_t LINE = 64;                        // bytes
 constexpr int64_t PARALLEL_WORK = 1 << 15;          // multiply-adds worth a second thread
 
@@ -72,8 +74,18 @@ static inline void tile(const MatmulParams& p, int64_t row, int64_t output, cons
 #pragma GCC unroll 4
     for (int j = 0; j < O; ++j) sum[i][j] = vfloat{};
   }
-  int64_t k = 0;
-  for (; k + LANES <= depth; k += LANES) {
+  const int64_t whole = depth / LANES * LANES;
+  if constexpr (M <= FEW_ROWS) {
+    for (int j = 0; j < O; ++j) {
+      for (int64_t k = 0; k < whole; k += LANES) {
+        __builtin_prefetch(reinterpret_cast<const char*>(w + j * depth + k) + STREAM_AHEAD);
+        const vfloat b = D::load(w + j * depth + k);
+#pragma GCC unroll 2
+        for (int i = 0; i < M; ++i) sum[i][j] += Float32::load(x + i * depth + k) * b;
+      }
+    }
+  } else {
+  for (int64_t k = 0; k < whole; k += LANES) {
     for (int64_t r = 0; r < ahead.rows; ++r)
       __builtin_prefetch(ahead.first + r * ahead.row_bytes + k * int64_t(sizeof(typename D::T)));
     vfloat a[M];
@@ -86,12 +98,13 @@ static inline void tile(const MatmulParams& p, int64_t row, int64_t output, cons
       for (int i = 0; i < M; ++i) sum[i][j] += a[i] * b;
     }
   }
-  if (k < depth) {
+  }
+  if (whole < depth) {
 #pragma GCC unroll 4
     for (int j = 0; j < O; ++j) {
-      const vfloat b = load_part<D>(w + j * depth + k, depth - k, 0.f);
+      const vfloat b = load_part<D>(w + j * depth + whole, depth - whole, 0.f);
 #pragma GCC unroll 6
-      for (int i = 0; i < M; ++i) sum[i][j] += load_part<Float32>(x + i * depth + k, depth - k, 0.f) * b;
+      for (int i = 0; i < M; ++i) sum[i][j] += load_part<Float32>(x + i * depth + whole, depth - whole, 0.f) * b;
     }
   }
 #pragma GCC unroll 6
