@@ -7,9 +7,7 @@ namespace aligner::ALIGNER_ISA {
 constexpr int64_t TILE_OUTPUTS = 4;                 // rows of W that are read side by side
 constexpr int64_t TILE_ROWS = LANES == 16 ? 6 : 3;  // with 4 outputs: 24 of 32, or 12 of 16, registers accumulate
 constexpr int64_t BLOCK_ROWS = 96;                  // rows of X that stay in L2 while W goes by
-constexpr int FEW_ROWS = 2;                         // of X: then W is read as one stream
 constexpr int64_t STREAM_AHEAD = 4096;              // bytes
-constexpr int64_t LINE = 64;                        // bytes
 constexpr int64_t PARALLEL_WORK = 1 << 15;          // multiply-adds worth a second thread
 
 typedef float vquad __attribute__((vector_size(16)));
@@ -57,56 +55,9 @@ ALIGNER_INLINE vquad lane_sums(vfloat v0, vfloat v1, vfloat v2, vfloat v3) {
 #endif
 }
 
-// Where the next rows of W lie: a product of few rows waits for memory, and the hardware does not see the next tile.
-struct Ahead {
-  const char* first;
-  int64_t rows, row_bytes;
-};
-
-template <class D, int M, int O>
-static inline void tile(const MatmulParams& p, int64_t row, int64_t output, const Ahead& ahead) {
-  const int64_t depth = p.depth;
-  const float* x = p.x + row * depth;
-  const typename D::T* w = static_cast<const typename D::T*>(p.weight) + output * depth;
-  vfloat sum[M][O];
-#pragma GCC unroll 6
-  for (int i = 0; i < M; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < O; ++j) sum[i][j] = vfloat{};
-  }
-  const int64_t whole = depth / LANES * LANES;
-  if constexpr (M <= FEW_ROWS) {
-    for (int j = 0; j < O; ++j) {
-      for (int64_t k = 0; k < whole; k += LANES) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + j * depth + k) + STREAM_AHEAD);
-        const vfloat b = D::load(w + j * depth + k);
-#pragma GCC unroll 2
-        for (int i = 0; i < M; ++i) sum[i][j] += Float32::load(x + i * depth + k) * b;
-      }
-    }
-  } else {
-  for (int64_t k = 0; k < whole; k += LANES) {
-    for (int64_t r = 0; r < ahead.rows; ++r)
-      __builtin_prefetch(ahead.first + r * ahead.row_bytes + k * int64_t(sizeof(typename D::T)));
-    vfloat a[M];
-#pragma GCC unroll 6
-    for (int i = 0; i < M; ++i) a[i] = Float32::load(x + i * depth + k);
-#pragma GCC unroll 4
-    for (int j = 0; j < O; ++j) {
-      const vfloat b = D::load(w + j * depth + k);
-#pragma GCC unroll 6
-      for (int i = 0; i < M; ++i) sum[i][j] += a[i] * b;
-    }
-  }
-  }
-  if (whole < depth) {
-#pragma GCC unroll 4
-    for (int j = 0; j < O; ++j) {
-      const vfloat b = load_part<D>(w + j * depth + whole, depth - whole, 0.f);
-#pragma GCC unroll 6
-      for (int i = 0; i < M; ++i) sum[i][j] += load_part<Float32>(x + i * depth + whole, depth - whole, 0.f) * b;
-    }
-  }
+// y (+)= the sums over the lanes, times the scales.
+template <int M, int O>
+ALIGNER_INLINE void finish(const MatmulParams& p, int64_t row, int64_t output, const vfloat (&sum)[M][O]) {
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
     float* y = p.y + (row + i) * p.outputs + output;
@@ -128,6 +79,71 @@ static inline void tile(const MatmulParams& p, int64_t row, int64_t output, cons
   }
 }
 
+// Where the next rows of W lie: the hardware does not see the next tile.
+struct Ahead {
+  const char* first;
+  int64_t rows, row_bytes;
+};
+
+template <class D, int M, int O>
+static inline void tile(const MatmulParams& p, int64_t row, int64_t output, const Ahead& ahead) {
+  const int64_t depth = p.depth;
+  const float* x = p.x + row * depth;
+  const typename D::T* w = static_cast<const typename D::T*>(p.weight) + output * depth;
+  vfloat sum[M][O];
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < O; ++j) sum[i][j] = vfloat{};
+  }
+  int64_t k = 0;
+  for (; k + LANES <= depth; k += LANES) {
+    for (int64_t r = 0; r < ahead.rows; ++r)
+      __builtin_prefetch(ahead.first + r * ahead.row_bytes + k * int64_t(sizeof(typename D::T)));
+    vfloat a[M];
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) a[i] = Float32::load(x + i * depth + k);
+#pragma GCC unroll 4
+    for (int j = 0; j < O; ++j) {
+      const vfloat b = D::load(w + j * depth + k);
+#pragma GCC unroll 6
+      for (int i = 0; i < M; ++i) sum[i][j] += a[i] * b;
+    }
+  }
+  if (k < depth) {
+#pragma GCC unroll 4
+    for (int j = 0; j < O; ++j) {
+      const vfloat b = load_part<D>(w + j * depth + k, depth - k, 0.f);
+#pragma GCC unroll 6
+      for (int i = 0; i < M; ++i) sum[i][j] += load_part<Float32>(x + i * depth + k, depth - k, 0.f) * b;
+    }
+  }
+  finish<M, O>(p, row, output, sum);
+}
+
+// A product of few rows waits for W, which is read as one stream: a row after the other, fetched far ahead.
+template <class D, int M>
+static inline void few_rows(const MatmulParams& p, int64_t row, int64_t output) {
+  const int64_t depth = p.depth, whole = depth / LANES * LANES;
+  const float* x = p.x + row * depth;
+  const typename D::T* w = static_cast<const typename D::T*>(p.weight) + output * depth;
+  vfloat sum[M][TILE_OUTPUTS] = {};
+  for (int j = 0; j < TILE_OUTPUTS; ++j, w += depth) {
+    vfloat of_row[M] = {};
+    for (int64_t k = 0; k < whole; k += LANES) {
+      __builtin_prefetch(reinterpret_cast<const char*>(w + k) + STREAM_AHEAD);
+      const vfloat b = D::load(w + k);
+      for (int i = 0; i < M; ++i) of_row[i] += Float32::load(x + i * depth + k) * b;
+    }
+    if (whole < depth) {
+      const vfloat b = load_part<D>(w + whole, depth - whole, 0.f);
+      for (int i = 0; i < M; ++i) of_row[i] += load_part<Float32>(x + i * depth + whole, depth - whole, 0.f) * b;
+    }
+    for (int i = 0; i < M; ++i) sum[i][j] = of_row[i];
+  }
+  finish<M, TILE_OUTPUTS>(p, row, output, sum);
+}
+
 template <class D, int M, int O>
 static inline void tile_rows(int64_t rows, const MatmulParams& p, int64_t row, int64_t output, const Ahead& ahead) {
   if (rows == M) return tile<D, M, O>(p, row, output, ahead);
@@ -141,6 +157,10 @@ static void block(const MatmulParams& p, int64_t row, int64_t rows, int64_t begi
   const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   for (int64_t o = begin; o < end; o += TILE_OUTPUTS) {
     const char* next = static_cast<const char*>(p.weight) + (o + TILE_OUTPUTS) * row_bytes;
+    if (rows <= 2 && o + TILE_OUTPUTS <= end) {
+      rows == 1 ? few_rows<D, 1>(p, row, o) : few_rows<D, 2>(p, row, o);
+      continue;
+    }
     const int64_t count = smaller(TILE_OUTPUTS, end - o), next_rows = smaller(TILE_OUTPUTS, end - o - count);
     for (int64_t t = 0; t < tiles; ++t) {  // tiles of equal height, give or take one, each fetching its share of `next`
       const int64_t first = rows * t / tiles, height = rows * (t + 1) / tiles - first;
