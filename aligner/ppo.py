@@ -223,7 +223,7 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     p, c, temperature = config.policy, config.critic, config.sampling.temperature
     policy = Policy(shape, read, lora=p.lora, optimizer=p.optimizer, temperature=temperature, **shared)
     critic = Critic(critic_shape, read, lora=c.lora, optimizer=c.optimizer, **shared)
-    sampler = NativeSampler(shape)
+    sampler = NativeSampler(shape, dtype=config.sampling.dtype, tokenizer=folder)
     start = checkpoint["step"]
     if config.resume:
         policy.load_state_dict(checkpoint["policy"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from aligner.data.batch import Rollout, pack_rollout
 
@@ -67,6 +67,10 @@ class SamplingConfig:
     """Most likely tokens kept; 0 keeps all. Log-probabilities ignore the cut."""
     max_tokens: int = 16
     """Length limit of a response, tokens."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response, besides the end-of-text token; they belong to it."""
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Of the sampler's weights; fewer bits are faster and move its log-probabilities away from the trainer's."""
 
     def __post_init__(self):
         if self.temperature <= 0:
@@ -80,6 +84,7 @@ class SamplingConfig:
             top_k=self.top_k,
             max_tokens=self.max_tokens,
             stop=stop,
+            stop_strings=self.stop_strings,
             seed=seed,
         )
 

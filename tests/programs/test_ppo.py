@@ -97,6 +97,19 @@ def straight(tiny_llama, prompts, tmp_path_factory) -> Path:
     return run
 
 
+def test_sampler_of_fewer_bits_and_stop_strings(arguments, tmp_path):
+    run = tmp_path / "run"
+    changed = ["--sampling.dtype", "bfloat16", "--sampling.stop-strings", "e", "a", "--sampling.max-tokens", "12"]
+    done = run_program([*arguments, *changed, "--steps", "2", "--output", str(run)])
+    assert done.returncode == 0, done.stderr
+    for row in metrics(run)[1:]:
+        assert 1e-4 < row["sampler_gap/max"] < 0.2  # the trainer holds all bits
+    responses = [json.loads(line)["response"] for line in (run / "samples.jsonl").read_text().splitlines()]
+    ended = [r for r in responses if "e" in r or "a" in r]
+    assert len(ended) > len(responses) / 2
+    assert all(set(r.rstrip()[:-12]).isdisjoint("ea") for r in ended)  # within the last token, however long it is
+
+
 def test_run_folder_holds_everything(straight: Path):
     rows = metrics(straight)
     assert [row["step"] for row in rows] == list(range(7))
