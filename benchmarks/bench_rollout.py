@@ -8,8 +8,8 @@
 
 A round times every subject once; a row is the median of the rounds, prefill included. `bytes` is what the best sampler
 reads: all weights once for each new token of the longest response. llama.cpp takes part where llama-cpp-python is
-installed. Two shares are printed beside each row: of the bytes per second of the fastest sum over the weights, and of the
-operations per second of torch's fastest matrix product, which a better kernel can exceed.
+installed. Two shares are printed beside each row: of the bytes per second of the fastest sum over the weights, and of
+the operations per second of torch's fastest matrix product, which a better kernel can exceed.
 """
 
 import argparse

@@ -130,8 +130,9 @@ Tensor refit_copy(std::vector<Tensor> sources, std::vector<Tensor> destinations,
 }  // namespace aligner
 
 STABLE_TORCH_LIBRARY_FRAGMENT(aligner, m) {
-  m.def("refit_copy(Tensor[] sources, Tensor(a!)[] destinations, bool[] add_one, bool checksum, "
-        "Tensor? boxes=None) -> Tensor");
+  m.def(
+      "refit_copy(Tensor[] sources, Tensor(a!)[] destinations, bool[] add_one, bool checksum, "
+      "Tensor? boxes=None) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(aligner, CompositeExplicitAutograd, m) {
   m.impl("refit_copy", TORCH_BOX(&aligner::refit_copy));
