@@ -1,8 +1,9 @@
 """Tokens per second of the embedded sampler against transformers and llama.cpp, greedy, SmolLM2-135M.
 
-    python benchmarks/bench_rollout.py [--only batch|ragged|shared]
+    python benchmarks/bench_rollout.py [--only batch|decode|ragged|shared]
 
 * batch: 64 random tokens in, 64 out, for batches of 1 to 128;
+* decode: 1 token in, 64 out, which leaves the prompts' share out;
 * ragged: 32 prompts of 64 tokens, 8 to 128 tokens out, against static batches of 8, 16 and 32;
 * shared: 8 samples to each of 8 prompts of 256 tokens, against 64 separate prompts.
 
@@ -106,6 +107,12 @@ def transformers_generate(model, prompts: list[list[int]], new: int):
     )
 
 
+def decode_work(samplers: dict, batch: int) -> Work:
+    prompts, sampling = random_prompts(batch, 1), Sampling(temperature=0, max_tokens=64)
+    subjects = {f"native {d}": lambda s=s: s.generate(prompts, sampling) for d, s in samplers.items()}
+    return Work(shape=f"B{batch} 1 in 64 out", tokens=64 * batch, steps=64, rows=64 * batch, subjects=subjects)
+
+
 def batch_work(model, samplers: dict, batch: int, llama: list[tuple[str, LlamaCpp]]) -> Work:
     prompts, sampling = random_prompts(batch, 64), Sampling(temperature=0, max_tokens=64)
     subjects = {f"native {d}": lambda s=s: s.generate(prompts, sampling) for d, s in samplers.items()}
@@ -205,7 +212,7 @@ def llama_engines(batch: int, folder: Path) -> list[tuple[str, LlamaCpp]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", choices=("batch", "ragged", "shared"))
+    parser.add_argument("--only", choices=("batch", "decode", "ragged", "shared"))
     only = parser.parse_args().only
     folder = default_model()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -219,6 +226,9 @@ def main() -> None:
             for batch in (1, 2, 4, 8, 16, 32, 64, 128):
                 llama = llama_engines(batch, Path(scratch)) if batch <= 32 else []
                 rows += run(batch_work(model, samplers, batch, llama), roof)
+        if only in (None, "decode"):
+            for batch in (1, 2, 4, 8):
+                rows += run(decode_work(samplers, batch), roof)
         if only in (None, "ragged"):
             rows += run(ragged_work(model, samplers), roof)
         if only in (None, "shared"):

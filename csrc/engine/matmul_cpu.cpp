@@ -7,6 +7,7 @@ namespace aligner::ALIGNER_ISA {
 constexpr int64_t TILE_OUTPUTS = 4;                 // rows of W that are read side by side
 constexpr int64_t TILE_ROWS = LANES == 16 ? 6 : 3;  // with 4 outputs: 24 of 32, or 12 of 16, registers accumulate
 constexpr int64_t BLOCK_ROWS = 96;                  // rows of X that stay in L2 while W goes by
+constexpr int FEW_ROWS = 4;                         // of X
 constexpr int64_t STREAM_AHEAD = 4096;              // bytes
 constexpr int64_t PARALLEL_WORK = 1 << 15;          // multiply-adds worth a second thread
 
@@ -123,7 +124,10 @@ static inline void tile(const MatmulParams& p, int64_t row, int64_t output, cons
 
 // A product of few rows waits for W, which is read as one stream: a row after the other, fetched far ahead.
 template <class D, int M>
-static inline void few_rows(const MatmulParams& p, int64_t row, int64_t output) {
+static inline void few_rows(int64_t rows, const MatmulParams& p, int64_t row, int64_t output) {
+  if constexpr (M > 1) {
+    if (rows < M) return few_rows<D, M - 1>(rows, p, row, output);
+  }
   const int64_t depth = p.depth, whole = depth / LANES * LANES;
   const float* x = p.x + row * depth;
   const typename D::T* w = static_cast<const typename D::T*>(p.weight) + output * depth;
@@ -133,12 +137,15 @@ static inline void few_rows(const MatmulParams& p, int64_t row, int64_t output) 
     for (int64_t k = 0; k < whole; k += LANES) {
       __builtin_prefetch(reinterpret_cast<const char*>(w + k) + STREAM_AHEAD);
       const vfloat b = D::load(w + k);
+#pragma GCC unroll 4
       for (int i = 0; i < M; ++i) of_row[i] += Float32::load(x + i * depth + k) * b;
     }
     if (whole < depth) {
       const vfloat b = load_part<D>(w + whole, depth - whole, 0.f);
+#pragma GCC unroll 4
       for (int i = 0; i < M; ++i) of_row[i] += load_part<Float32>(x + i * depth + whole, depth - whole, 0.f) * b;
     }
+#pragma GCC unroll 4
     for (int i = 0; i < M; ++i) sum[i][j] = of_row[i];
   }
   finish<M, TILE_OUTPUTS>(p, row, output, sum);
@@ -157,8 +164,8 @@ static void block(const MatmulParams& p, int64_t row, int64_t rows, int64_t begi
   const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
   for (int64_t o = begin; o < end; o += TILE_OUTPUTS) {
     const char* next = static_cast<const char*>(p.weight) + (o + TILE_OUTPUTS) * row_bytes;
-    if (rows <= 2 && o + TILE_OUTPUTS <= end) {
-      rows == 1 ? few_rows<D, 1>(p, row, o) : few_rows<D, 2>(p, row, o);
+    if (rows <= FEW_ROWS && o + TILE_OUTPUTS <= end) {
+      few_rows<D, FEW_ROWS>(rows, p, row, o);
       continue;
     }
     const int64_t count = smaller(TILE_OUTPUTS, end - o), next_rows = smaller(TILE_OUTPUTS, end - o - count);

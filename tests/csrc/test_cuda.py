@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from cuda_seeded_bugs import RACES, WRONG_NUMBERS
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 OPS = sorted(path.stem for path in CSRC.glob("*.cu"))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 CSRC = Path(__file__).parents[2] / "csrc"
 # Plain threads in place of OpenMP's: the sanitizer does not see that those wait for each other.
 COMPILE = ["g++", "-std=c++17", "-O1", "-g1", "-fopenmp", "-fsanitize=thread", "-DALIGNER_PTHREADS", "-Wno-psabi"]

@@ -52,6 +52,7 @@ def test_triton(tmp_path):
         assert on_tensor_cores == {f"linear_logprobs_{name}<bfloat16>" for name in dots}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH: csrc/*.cu are not compiled")
 def test_nvcc(tmp_path):
     check(compiled("nvcc", tmp_path), read(TABLE, "nvcc"))

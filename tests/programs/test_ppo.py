@@ -17,6 +17,8 @@ from aligner.rollout.sampling import Sampling
 from tests.conftest import save_llama
 from tests.models.test_policy import make_policy, random_rollout
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 NOT_REPRODUCIBLE = ("time/", "tokens_per_second", "sampled_tokens_per_second", "peak_memory_bytes")
 

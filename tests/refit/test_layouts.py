@@ -35,6 +35,7 @@ def assert_refits(m: Model, full: dict, source: Megatron, ranks: int) -> int:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
 def test_every_layout(kv_heads: int):
     seen = 0

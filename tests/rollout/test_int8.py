@@ -60,6 +60,7 @@ def test_a_row_of_zeros_stays_zero(tmp_path):
     assert sampler.generate(PROMPTS, Sampling()).finished_B.shape == (3,)
 
 
+@pytest.mark.slow
 def test_gap_to_float32_on_smollm2(smollm2: Path):
     """Nats that int8 weights move the log-probability of a sampled token: the figures of NativeSampler's docstring."""
     tokenizer, model = AutoTokenizer.from_pretrained(smollm2), AutoModelForCausalLM.from_pretrained(smollm2).eval()

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import save_model
 
 SLACK = 16 << 20  # bytes; activations and logits of a step, tables of the sequences, the allocator's own
@@ -51,6 +53,7 @@ def measure(*arguments) -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_memory_stays_under_weights_and_budget(tmp_path):
     """64 sequences of 124 tokens; what eight of them need is the budget, then more than all of them need."""
     sizes = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 97}

@@ -29,6 +29,7 @@ def responses(sampler: NativeSampler, prompts, sampling: Sampling, n: int = 1) -
     return {(r.prompt, r.sample): r for r in sampler.stream(prompts, sampling, n)}
 
 
+@pytest.mark.slow
 def test_greedy_equals_transformers_on_smollm2(smollm2: Path):
     tokenizer, model = AutoTokenizer.from_pretrained(smollm2), AutoModelForCausalLM.from_pretrained(smollm2).eval()
     prompts = [tokenizer(p)["input_ids"] for p in PROMPTS]

@@ -13,6 +13,7 @@ from aligner.rollout.sampling import Sampling
 from tests.conftest import save_llama
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "stop"),
     [
