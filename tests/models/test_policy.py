@@ -49,6 +49,7 @@ def make_policy(folder: Path, *, rank: int = 4, tokens_per_micro_batch: int = 40
     )
 
 
+@pytest.mark.slow
 def test_smollm2_logits_equal_transformers(smollm2: Path):
     shape = ModelShape.from_folder(smollm2)
     network = Network(

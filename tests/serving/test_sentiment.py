@@ -12,6 +12,7 @@ def reward():
     return sentiment.PositiveReview()
 
 
+@pytest.mark.slow
 def test_held_out_accuracy(reward):
     accuracy = reward.held_out_accuracy
     assert accuracy["imdb"] > 0.89 and accuracy["rotten_tomatoes"] > 0.76
