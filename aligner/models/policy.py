@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from aligner import ops
@@ -12,6 +13,7 @@ from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig, Stats
 from aligner.models.shape import ModelShape
 from aligner.models.weights import export
+from aligner.run.distributed import ParallelConfig
 
 
 class Policy:
@@ -30,21 +32,31 @@ class Policy:
         tokens_per_micro_batch: int,
         seed: int,
         temperature: float = 1.0,
+        parallel: ParallelConfig | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         self.network = Network(
-            shape, read, adapters=lora, optimizer=optimizer, tokens_per_micro_batch=tokens_per_micro_batch, seed=seed
+            shape,
+            read,
+            adapters=lora,
+            optimizer=optimizer,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            seed=seed,
+            parallel=parallel,
+            dtype=dtype,
         )
         self.shape, self.temperature = shape, temperature
-        self._initial = {} if lora.rank else {name: p.clone() for name, p in self.network.base.items()}
+        # Where all weights are trained the reference's wait in host memory.
+        self._initial = {} if lora.rank else {name: p.to("cpu", copy=True) for name, p in self.network.base.items()}
 
     def infer(self, rollout) -> tuple[Tensor, Tensor]:
         """(logprobs_N, entropy_N) of the action tokens, float32, nats; 0 elsewhere."""
-        return self.network.run(rollout, self._logprobs)
+        return self.network.run(rollout, self._logprobs, outputs=2)
 
     def infer_reference(self, rollout) -> Tensor:
         """logprobs_N of the action tokens under the weights that training started from, float32, nats."""
         with self._reference():
-            return self.network.run(rollout, self._logprobs)[0]
+            return self.network.run(rollout, self._logprobs, outputs=2)[0]
 
     def update(self, batch, loss: Callable[[Tensor, Tensor, object], tuple[Tensor, Stats]]) -> Stats:
         """One optimizer step on `loss(logprobs_N, entropy_N, micro_batch) -> (scalar, statistics)`."""
@@ -56,10 +68,16 @@ class Policy:
         return self.network.step(batch, on_hidden)
 
     def _logprobs(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        model = self.network.model
-        weight_VH = model.shared_embedding_or_output_weight() if self.shape.tied else model.output_layer.weight
-        hidden_AH = layout.predictors(hidden)
-        return ops.linear_logprobs(hidden_AH, weight_VH, layout.action_tokens, temperature=self.temperature)
+        last = self.network.last
+        weight_VH = last.shared_embedding_or_output_weight() if self.shape.tied else last.output_layer.weight
+        group = parallel_state.get_tensor_model_parallel_group()
+        return ops.linear_logprobs(
+            layout.states(hidden),
+            weight_VH,
+            layout.action_tokens,
+            temperature=self.temperature,
+            group=group if group.size() > 1 else None,
+        )
 
     @contextmanager
     def _reference(self) -> Iterator[None]:

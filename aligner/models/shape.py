@@ -101,6 +101,11 @@ class ModelShape:
             shapes["lm_head.weight"] = (self.vocab, self.hidden)
         return shapes
 
+    def layer_weights(self) -> int:
+        """Entries of one layer's matrices."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.ffn
+
     def num_bytes(self) -> int:
         """Bytes of the checkpoint in float32."""
         return 4 * sum(math.prod(size) for size in self.tensors().values())

@@ -67,6 +67,11 @@ def megatron_entry(
     return entry(name, tensor, [p for stack in stacks for p in _share(stack, rank * length, length)], axis)
 
 
+def megatron_axis(name: str, shape: ModelShape) -> int | None:
+    """The axis along which tensor-parallel ranks share a Megatron-core parameter; None where each has all of it."""
+    return _megatron_stacks(name, shape, 0)[0]
+
+
 def _share(parts: Sequence[Part], begin: int, length: int) -> list[Part]:
     """What [begin, begin + length) holds of parts that lie one after the other; beyond the last there is padding."""
     share, at, end = [], 0, begin + length
@@ -82,7 +87,7 @@ def _megatron_stacks(name: str, shape: ModelShape, first_layer: int) -> tuple[in
     """(axis that tensor parallelism cuts, stacks of parts): a rank holds its share of each stack, one after another."""
     fixed: dict[str, tuple[int | None, str, int]] = {
         "embedding.word_embeddings.weight": (0, "model.embed_tokens.weight", shape.vocab),
-        "output_layer.weight": (0, "lm_head.weight", shape.vocab),
+        "output_layer.weight": (0, "model.embed_tokens.weight" if shape.tied else "lm_head.weight", shape.vocab),
         "decoder.final_layernorm.weight": (None, "model.norm.weight", shape.hidden),
     }
     if name in fixed:
