@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from aligner.checkpoint import huggingface, training
+from aligner.checkpoint import huggingface
 from aligner.checkpoint.huggingface import Weights
 from aligner.models.shape import ModelShape
 from tests.conftest import save_llama
@@ -152,13 +152,3 @@ def test_old_and_new_spelling_of_rope_theta(model):
     assert shape.rope.theta == config.pop("rope_parameters")["rope_theta"]
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 123.0, "rope_scaling": None}))
     assert ModelShape.from_folder(folder).rope.theta == 123.0
-
-
-def test_latest_checkpoint_is_the_highest_step(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoints"):
-        training.latest(tmp_path)
-    for step in (9, 10, 2):
-        training.save(tmp_path, step, {"x": torch.tensor(float(step))})
-    assert training.latest(tmp_path).name == "step-10"
-    state = training.load(training.latest(tmp_path))
-    assert state["step"] == 10 and state["x"] == 10
