@@ -209,7 +209,7 @@ def evaluate(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
 
 def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     """Check what can be wrong, cheapest first, then load. Returns the run, its directory and the steps already done."""
-    folder, shape, critic_shape = networks(config)
+    folder, shape, critic_shape = shapes(config)
     read = huggingface.Weights(folder, shape.tensors())
     tokenizer = load_tokenizer(folder)
     train_prompts, eval_prompts = load_prompts(
@@ -217,7 +217,8 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     )
     prompts_per_step = config.batch.sequences // config.batch.samples_per_prompt
     PromptOrder(len(train_prompts), config.seed).batch(0, prompts_per_step)
-    checkpoint = training.load(training.latest(config.output)) if config.resume and config.output else {"step": 0}
+    checkpoint = training.latest(config.output) if config.resume and config.output else None
+    start = training.read_plain(checkpoint)["step"] if checkpoint else 0
     distributed.initialize(config.threads, config.parallel)
     directory = RunDirectory.create(
         config.output, "ppo", options.to_yaml(config), config.resume, needed_bytes=2 * shape.num_bytes()
@@ -236,10 +237,11 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     p, c, temperature = config.policy, config.critic, config.sampling.temperature
     policy = Policy(shape, read, lora=p.lora, optimizer=p.optimizer, temperature=temperature, **shared)
     critic = Critic(critic_shape, read, lora=c.lora, optimizer=c.optimizer, **shared)
-    start = checkpoint["step"]
-    if config.resume:
-        policy.load_state_dict(checkpoint["policy"])
-        critic.load_state_dict(checkpoint["critic"])
+    if checkpoint:
+        networks = {"policy": policy, "critic": critic}
+        state = training.load(checkpoint, {name: n.state_dict(loading=True) for name, n in networks.items()})
+        for name, network in networks.items():
+            network.load_state_dict(state[name])
         directory.truncate(start or -1)  # a run that was stopped before its first step evaluates again
     replica, sampler, plan = Replica(policy), None, None
     if replica.leads:
@@ -263,7 +265,7 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     return run, directory, start
 
 
-def networks(config: Config) -> tuple[Path, ModelShape, ModelShape]:
+def shapes(config: Config) -> tuple[Path, ModelShape, ModelShape]:
     """The model's folder, and the shapes of policy and critic, once they fit the layout."""
     config.parallel.data(distributed.world_size())
     folder = Path(config.model) if Path(config.model).is_dir() else default_model(config.model)

@@ -10,6 +10,7 @@ from aligner.models.lora import LoRAConfig
 from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig, Stats
 from aligner.models.shape import ModelShape
+from aligner.models.weights import Reader
 from aligner.run.distributed import ParallelConfig
 
 
@@ -41,7 +42,7 @@ class Critic:
     def __init__(
         self,
         shape: ModelShape,
-        read: Callable[[str], Tensor],
+        read: Reader,
         *,
         lora: LoRAConfig,
         optimizer: OptimizerConfig,
@@ -75,8 +76,8 @@ class Critic:
     def _values(self, hidden: Tensor, layout: Layout) -> Tensor:
         return self.network.last.value_head(layout.states(hidden))[:, 0]
 
-    def state_dict(self) -> dict:
-        return self.network.state_dict()
+    def state_dict(self, *, loading: bool = False) -> dict:
+        return self.network.state_dict(loading=loading)
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state)

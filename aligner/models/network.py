@@ -21,12 +21,13 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor, nn
 
-from aligner.models import cpu, gpt, lora
+from aligner.models import cpu, gpt, lora, optimizer_state
 from aligner.models.attention import Segments
 from aligner.models.microbatch import Layout, deal
 from aligner.models.parallel import check
 from aligner.models.shape import ModelShape
-from aligner.models.weights import fill, manifest, megatron_axis, megatron_entry
+from aligner.models.sharded import sharded
+from aligner.models.weights import Reader, fill, manifest, megatron_axis, megatron_entry
 from aligner.run.distributed import ParallelConfig
 
 Stats = dict[str, float]
@@ -58,7 +59,7 @@ class OptimizerConfig:
 
 
 class Network:
-    """The decoder of `shape` with Hugging Face weights `read(name) -> tensor`, adapters, and an optional value head.
+    """The decoder of `shape` with the Hugging Face weights of `read`, adapters, and an optional value head.
 
     tokens_per_micro_batch: tokens of all sequences in one forward pass; a longer sequence stands alone.
     seed: of the adapters' initial values.
@@ -70,7 +71,7 @@ class Network:
     def __init__(
         self,
         shape: ModelShape,
-        read: Callable[[str], Tensor],
+        read: Reader,
         *,
         adapters: lora.LoRAConfig,
         optimizer: OptimizerConfig,
@@ -87,6 +88,7 @@ class Network:
         self.parallel, self.non_finite = parallel or ParallelConfig(), optimizer.non_finite
         check(self.parallel, shape)
         model_parallel_cuda_manual_seed(seed)  # nothing is drawn from it, but Megatron wants it under sequence parallel
+        self.dtype = dtype
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         self.chunks = gpt.build(shape, self.parallel, dtype=dtype, output_layer=not value_head)
         self.last = self.chunks[-1] if self.chunks[-1].post_process else None  # the chunk that the heads read
@@ -114,6 +116,7 @@ class Network:
         self.parameters = dict(self._named("parameters"))
         self.base = {name: self.parameters[name].detach() for name in base}  # which the buffers may have moved
         self.optimizer, self.scheduler = _optimizer(optimizer, self.parallel, dtype, self.ddp)
+        optimizer_state.start(self.optimizer)
 
     def _named(self, kind: str) -> Iterator[tuple[str, Tensor | nn.Module]]:
         """(name, parameter or module) of this rank's chunks, layers counted over the whole network."""
@@ -277,27 +280,24 @@ class Network:
         adapter = self.adapters.get(name.removesuffix(".weight"))
         return self.base[name] if adapter is None else adapter.over(self.base[name])
 
-    def state_dict(self) -> dict:
-        """What training changes: trainable parameters, optimizer, schedule."""
-        trained = {n: p.detach().clone() for n, p in self.parameters.items() if p.requires_grad}
+    def state_dict(self, *, loading: bool = False) -> dict:
+        """What training changes, as checkpoint.training saves it, or with `loading` reads it: on any layout.
+
+        Trainable parameters, optimizer, schedule. Every rank calls it.
+        """
+        parameters = sharded((name, p) for name, p in self.parameters.items() if p.requires_grad)
         return {
-            "parameters": trained,
-            "optimizer": self.optimizer.state_dict(),
+            "parameters": parameters,
+            "optimizer": optimizer_state.sharded(self.optimizer, parameters, loading=loading),
             "scheduler": self.scheduler.state_dict(),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Continue from state_dict(). Raises ValueError when the checkpoint trained other parameters."""
-        trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
-        if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in state["parameters"].items()}:
-            raise ValueError(
-                "the checkpoint trained other parameters than this configuration does; resume with the model and the "
-                "lora.* options that the run was started with (see its config.yaml)."
-            )
-        for name, parameter in trained.items():
-            parameter.copy_(state["parameters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Continue from what checkpoint.training has loaded."""
+        for name, values in state["parameters"].items():
+            self.parameters[name].copy_(values)
+        optimizer_state.load(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 
 

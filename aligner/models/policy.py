@@ -12,7 +12,7 @@ from aligner.models.lora import LoRAConfig, LowRank
 from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig, Stats
 from aligner.models.shape import ModelShape
-from aligner.models.weights import export
+from aligner.models.weights import Reader, export
 from aligner.run.distributed import ParallelConfig
 
 
@@ -25,7 +25,7 @@ class Policy:
     def __init__(
         self,
         shape: ModelShape,
-        read: Callable[[str], Tensor],
+        read: Reader,
         *,
         lora: LoRAConfig,
         optimizer: OptimizerConfig,
@@ -107,16 +107,14 @@ class Policy:
         return self.network.weight(name)
 
     def hugging_face(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of the Hugging Face checkpoint of the policy as it stands, adapters merged in."""
+        """(name, tensor) of the Hugging Face checkpoint of the policy as it stands, adapters merged in.
 
-        def read(name: str) -> Tensor:
-            weight = self.weight(name)
-            return weight.merged() if isinstance(weight, LowRank) else weight
+        Every rank exhausts it; the first one gets the tensors (models.weights.export).
+        """
+        return export(self.manifest()["tensors"], self.weight, self.shape, dtype=self.network.dtype)
 
-        return export(self.manifest()["tensors"], read, self.shape)
-
-    def state_dict(self) -> dict:
-        return self.network.state_dict()
+    def state_dict(self, *, loading: bool = False) -> dict:
+        return self.network.state_dict(loading=loading)
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state)

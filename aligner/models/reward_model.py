@@ -9,6 +9,7 @@ from aligner.models.lora import LoRAConfig
 from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig, Stats
 from aligner.models.shape import ModelShape
+from aligner.models.weights import Reader
 from aligner.run.distributed import ParallelConfig
 
 
@@ -22,7 +23,7 @@ class RewardModel:
     def __init__(
         self,
         shape: ModelShape,
-        read: Callable[[str], Tensor],
+        read: Reader,
         *,
         lora: LoRAConfig,
         optimizer: OptimizerConfig,
