@@ -188,7 +188,7 @@ def lost_rank(rank: int, folder: Path, name: str) -> None:
 
 def worker(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    store, soon = f"file://{folder}/rendezvous", timedelta(seconds=120)  # ranks that wait for each other fail
+    store, soon = f"file://{folder}/rendezvous", timedelta(minutes=5)  # ranks that wait for each other fail
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=4, timeout=soon)
     for name in DTYPES:
         for layout in LAYOUTS:
