@@ -1,6 +1,7 @@
 """Hugging Face model directories: checked first, read in windows, written atomically and file by file."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from aligner.run.json_file import read_object
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
+MAPPED_BYTES = 256 << 20  # a file is opened again after so much of it was read
 # Weights in other formats and lists of their files: all that `write` does not take over from another directory.
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
@@ -47,14 +49,16 @@ class Weights:
             )
         _check(folder, {name: shape for name, (_, shape) in self._homes.items()}, expected)
         self._last: tuple[Path, safe_open] | None = None
+        self._mapped = 0
 
     def window(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of `size` at `start` of the tensor `name`; not to be written to."""
-        file, _ = self._homes[name]
-        if self._last is None or self._last[0] != file:
-            # One file at a time: what was read of a mapped file counts as this process's memory while it is open.
-            self._last = None
+        file, shape = self._homes[name]
+        if self._last is None or self._last[0] != file or self._mapped > MAPPED_BYTES:
+            # What was read of a mapped file counts as this process's memory until the file is closed.
+            self._last, self._mapped = None, 0
             self._last = file, _open(file)
+        self._mapped += 4 * size[0] * math.prod(shape[1:])
         box = tuple(slice(first, first + count) for first, count in zip(start, size, strict=True))
         return self._last[1].get_slice(name)[box].to(torch.float32)
 
