@@ -95,7 +95,7 @@ def make(case: Case, folder: Path):
         Weights(folder / case.model, shape.tensors()),
         lora=LoRAConfig(rank=4 if case.lora else 0, alpha=8.0),
         # Where a gradient is close to 0, rounding would decide about the sign of a step that eps does not damp.
-        optimizer=OptimizerConfig(lr=2e-3, weight_decay=0.1, clip=0.5, eps=1e-5),
+        optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.1, clip=0.5, eps=1e-5),
         tokens_per_micro_batch=case.budget,
         seed=3,
         parallel=case.layout,
