@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup ppo test test-unit test-gpu lint format bench clean
+.PHONY: setup ppo test test-unit test-distributed-full test-gpu lint format bench clean
 
 setup: .venv/.installed
 
@@ -21,10 +21,14 @@ ppo: setup
 	$(BIN)/python -m aligner.ppo
 
 test: setup
-	$(BIN)/python -m pytest tests -n 2
+	$(BIN)/python -m pytest tests -n 2 -m "not full"
 
 test-unit: setup
-	$(BIN)/python -m pytest tests -n 2 -m "not slow"
+	$(BIN)/python -m pytest tests -n 2 -m "not slow and not full"
+
+# More layouts, up to 8 processes.
+test-distributed-full: setup
+	$(BIN)/python -m pytest tests/distributed -m full
 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp csrc/engine/*.h csrc/engine/*.cpp bindings/engine/*.cpp tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
 

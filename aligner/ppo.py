@@ -39,7 +39,6 @@ from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
 from aligner.models.policy import Policy
 from aligner.models.shape import ModelShape
-from aligner.refit.plan import Plan, compile_plan
 from aligner.refit.replica import Replica
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import SamplingConfig
@@ -48,7 +47,7 @@ from aligner.rollout.transcript import Transcript
 from aligner.run import config as options
 from aligner.run import distributed
 from aligner.run.directory import RunDirectory
-from aligner.run.distributed import gather
+from aligner.run.distributed import agree
 from aligner.run.loop import ProgramConfig, repeat
 from aligner.run.report import write_report
 from aligner.run.timers import Timers, peak_memory_bytes
@@ -91,15 +90,13 @@ class Config(ProgramConfig):
 
 @dataclass
 class Run:
-    """Everything that a step uses. One rank of each replica samples and has a sampler, its plan and the reward."""
+    """Everything that a step uses; the reward only on ranks that sample, one of each replica."""
 
     config: Config
     folder: Path
     policy: Policy
     critic: LocalCritic
     replica: Replica
-    sampler: NativeSampler | None
-    plan: Plan | None
     reward: RewardFunction | None
     transcript: Transcript
     train_prompts: list[Prompt]
@@ -115,8 +112,12 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
     prompts = [run.train_prompts[i] for i in chosen]
 
     with timers("sample"):
+        if c.parallel.offload:
+            run.policy.network.offload.leave()
+            run.critic.critic.network.offload.leave()
         sampling = c.sampling.sampling(seed, run.transcript.stop)
-        scored = sample_and_score(run.sampler, prompts, sampling, b.samples_per_prompt, run.transcript, run.reward)
+        n = b.samples_per_prompt
+        scored = sample_and_score(run.replica.sampler, prompts, sampling, n, run.transcript, run.reward)
         rollout = scored.rollout
     with timers("values"):
         values = run.critic.infer(rollout)
@@ -135,7 +136,7 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
     with timers("train_policy"):
         policy_stats = [update(run, policy_batch.take(sequences)) for sequences in order]
     with timers("refit"):
-        refit(run, number)
+        run.replica.refit(number)
 
     metrics = rollout_statistics(rollout, rewards_B, logprobs_N - reference_N)
     metrics |= estimate_statistics(policy_batch, value_batch, logprobs_N, entropy_N)
@@ -186,19 +187,13 @@ def update(run: Run, mini: PolicyBatch) -> dict[str, Tensor]:
     return run.policy.update(mini, loss)
 
 
-def refit(run: Run, version: int) -> None:
-    """The policy's weights go into the samplers."""
-    run.replica.publish(version)
-    gather(lambda: run.sampler and run.sampler.refit(run.plan, run.replica, version=version))
-
-
 def evaluate(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
     """Reward and KL on held-out prompts; every call draws with the same seeds."""
     c, prompts = run.config, run.eval_prompts
     if not prompts:
         return {}, []
     sampling = c.sampling.sampling(c.seed, run.transcript.stop)
-    scored = sample_and_score(run.sampler, prompts, sampling, 1, run.transcript, run.reward)
+    scored = sample_and_score(run.replica.sampler, prompts, sampling, 1, run.transcript, run.reward)
     rollout, rewards_B = scored.rollout, scored.rewards()
     log_ratio_N = torch.zeros_like(rollout.sampler_logprobs_N)
     if rollout.weights_version:  # before the first update the policy is the reference
@@ -212,21 +207,16 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     folder, shape, critic_shape = shapes(config)
     read = huggingface.Weights(folder, shape.tensors())
     tokenizer = load_tokenizer(folder)
-    train_prompts, eval_prompts = load_prompts(
-        config.data, config.eval_data, tokenizer, shape.context - config.sampling.max_tokens
-    )
-    prompts_per_step = config.batch.sequences // config.batch.samples_per_prompt
-    PromptOrder(len(train_prompts), config.seed).batch(0, prompts_per_step)
+    room = shape.context - config.sampling.max_tokens
+    train_prompts, eval_prompts = load_prompts(config.data, config.eval_data, tokenizer, room)
+    PromptOrder(len(train_prompts), config.seed).batch(0, config.batch.sequences // config.batch.samples_per_prompt)
     checkpoint = training.latest(config.output) if config.resume and config.output else None
     start = training.read_plain(checkpoint)["step"] if checkpoint else 0
     distributed.initialize(config.threads, config.parallel)
-    directory = RunDirectory.create(
-        config.output, "ppo", options.to_yaml(config), config.resume, needed_bytes=2 * shape.num_bytes()
-    )
-    reward = None
-    if distributed.place().leads:
-        reward = load_reward(config.reward.function)
-    gather(lambda: reward and reward.check())
+    yaml, needed_bytes = options.to_yaml(config), 2 * shape.num_bytes()
+    directory = RunDirectory.create(config.output, "ppo", yaml, config.resume, needed_bytes)
+    reward = agree(lambda: load_reward(config.reward.function) if distributed.place().leads else None)
+    agree(lambda: reward and reward.check())
 
     shared = {
         "tokens_per_micro_batch": config.batch.tokens_per_micro_batch,
@@ -238,30 +228,22 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     policy = Policy(shape, read, lora=p.lora, optimizer=p.optimizer, temperature=temperature, **shared)
     critic = Critic(critic_shape, read, lora=c.lora, optimizer=c.optimizer, **shared)
     if checkpoint:
-        networks = {"policy": policy, "critic": critic}
-        state = training.load(checkpoint, {name: n.state_dict(loading=True) for name, n in networks.items()})
-        for name, network in networks.items():
-            network.load_state_dict(state[name])
+        training.restore(checkpoint, {"policy": policy, "critic": critic})
         directory.truncate(start or -1)  # a run that was stopped before its first step evaluates again
-    replica, sampler, plan = Replica(policy), None, None
-    if replica.leads:
-        sampler = NativeSampler(shape, dtype=config.sampling.dtype, tokenizer=folder)
-        plan = compile_plan(replica.manifest(), sampler.manifest())
+    replica = Replica(policy, lambda: NativeSampler(shape, dtype=config.sampling.dtype, tokenizer=folder))
+    replica.refit(start)
     run = Run(
         config=config,
         folder=folder,
         policy=policy,
         critic=LocalCritic(critic),
         replica=replica,
-        sampler=sampler,
-        plan=plan,
         reward=reward,
         transcript=Transcript(tokenizer),
         train_prompts=train_prompts,
         eval_prompts=eval_prompts[: config.eval_prompts],
         timers=Timers(),
     )
-    refit(run, start)
     return run, directory, start
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing as megatron
@@ -115,6 +115,21 @@ def load(folder: Path, template: dict[str, dict]) -> dict:
             return megatron.load(template, str(folder))
     except torch_checkpoint.CheckpointException as error:
         raise failed(_reason({rank: cause for rank, (cause, _) in error.failures.items()})) from error
+
+
+class Trained(Protocol):
+    """A network: models.policy.Policy, models.critic.Critic."""
+
+    def state_dict(self, *, loading: bool) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+def restore(folder: Path, networks: dict[str, Trained]) -> None:
+    """Let each network go on from its part of a checkpoint. Every rank calls it; raises as load() does."""
+    state = load(folder, {part: network.state_dict(loading=True) for part, network in networks.items()})
+    for part, network in networks.items():
+        network.load_state_dict(state[part])
 
 
 def _named(state: dict[str, dict]) -> dict[str, dict]:

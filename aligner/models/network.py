@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from aligner.models import cpu, gpt, lora, optimizer_state
 from aligner.models.attention import Segments
 from aligner.models.microbatch import Layout, deal
+from aligner.models.offload import Offload
 from aligner.models.parallel import check
 from aligner.models.shape import ModelShape
 from aligner.models.sharded import sharded
@@ -117,6 +118,7 @@ class Network:
         self.base = {name: self.parameters[name].detach() for name in base}  # which the buffers may have moved
         self.optimizer, self.scheduler = _optimizer(optimizer, self.parallel, dtype, self.ddp)
         optimizer_state.start(self.optimizer)
+        self.offload = Offload(self.ddp, self.optimizer)
 
     def _named(self, kind: str) -> Iterator[tuple[str, Tensor | nn.Module]]:
         """(name, parameter or module) of this rank's chunks, layers counted over the whole network."""
@@ -184,6 +186,7 @@ class Network:
         when the loss or the gradient norm is not finite; with optimizer.non_finite "skip" there is no update, and
         `skipped` is 1.
         """
+        self.offload.come_back()
         for ddp in self.ddp:
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -285,6 +288,7 @@ class Network:
 
         Trainable parameters, optimizer, schedule. Every rank calls it.
         """
+        self.offload.come_back()
         parameters = sharded((name, p) for name, p in self.parameters.items() if p.requires_grad)
         return {
             "parameters": parameters,

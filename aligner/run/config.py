@@ -18,6 +18,8 @@ import torch.distributed as dist
 import tyro
 import yaml
 
+from aligner.run import distributed
+
 Config = TypeVar("Config")
 
 

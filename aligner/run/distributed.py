@@ -25,6 +25,8 @@ class ParallelConfig:
     """Norms and residuals are split by token over the tensor ranks."""
     distributed_optimizer: bool = False
     """Each data-parallel rank keeps its share of the optimizer's state."""
+    offload: bool = False
+    """Optimizer state waits in host memory while responses are sampled."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, those of the attention's core, or every layer's."""
 
@@ -143,6 +145,13 @@ def gather(compute: Callable[[], Value]) -> list[Value]:
             kind, words = failed
             raise kind(f"rank {rank}: {words}")
     return [value for value, _ in everyone]
+
+
+def agree(compute: Callable[[], Value]) -> Value:
+    """What this rank computes; called by all of them, and when it raises on one all raise, as of gather()."""
+    mine: list[Value] = []
+    gather(lambda: mine.append(compute()))
+    return mine[0]
 
 
 def _kind(error: Exception) -> type[Exception]:

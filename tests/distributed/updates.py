@@ -3,6 +3,7 @@
 Run by test_layouts.py in processes of its own: `run(rank, world, folder, cases)`.
 """
 
+import dataclasses
 import itertools
 import os
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch._dynamo  # imported by custom operators; after init_process_group i
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from aligner.checkpoint import training
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import PairBatch, PolicyBatch, PreferenceBatch, SupervisedBatch, ValueBatch
 from aligner.losses.policy import clipped_policy_loss
@@ -38,7 +40,10 @@ VOCAB = 312
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One method on one model in one layout; `key` names what must not depend on the layout."""
+    """One method on one model in one layout; `key` names what must not depend on the layout.
+
+    work: "train", "save" or "resume", as the functions below.
+    """
 
     method: str
     model: str
@@ -46,6 +51,9 @@ class Case:
     steps: int = 2
     layout: ParallelConfig = field(default_factory=ParallelConfig)
     budget: int = 40
+    dtype: torch.dtype = torch.float32
+    seed: int = 3
+    work: str = "train"
 
     @property
     def key(self) -> str:
@@ -102,8 +110,9 @@ def make(case: Case, folder: Path):
         # Where a gradient is close to 0, rounding would decide about the sign of a step that eps does not damp.
         optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.1, clip=0.5, eps=1e-5),
         tokens_per_micro_batch=case.budget,
-        seed=3,
+        seed=case.seed,
         parallel=case.layout,
+        dtype=case.dtype,
     )
 
 
@@ -187,6 +196,27 @@ def outcome(case: Case, folder: Path) -> dict:
     return result
 
 
+def save(case: Case, folder: Path) -> list[dict[str, float]]:
+    """Three steps, a checkpoint, three more."""
+    model = make(case, folder)
+    stats = train(model, case, range(3))
+    model.network.offload.leave()  # a checkpoint brings back what it needs
+    training.save(_run(case, folder), 3, {"model": model.network.state_dict()})
+    model.network.offload.leave()
+    return stats + train(model, case, range(3, 6))
+
+
+def resume(case: Case, folder: Path) -> list[dict[str, float]]:
+    """The last three steps from the checkpoint of the first three, in a network that knows nothing of them."""
+    model = make(dataclasses.replace(case, seed=4), folder)
+    training.restore(training.latest(_run(case, folder)), {"model": model.network})
+    return train(model, case, range(3, 6))
+
+
+def _run(case: Case, folder: Path) -> Path:
+    return folder / "runs" / case.key
+
+
 def _infer(model, batch) -> torch.Tensor:
     result = model.infer(batch)
     return torch.stack(result) if isinstance(result, tuple) else result
@@ -213,7 +243,7 @@ def run(rank: int, world: int, folder: Path, cases: list[Case], results: Path) -
         rendezvous = f"file://{results}.rendezvous-{number}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
         distributed.initialize(1, layout)
-        found += [outcome(case, folder) for case in members]
+        found += [{"train": outcome, "save": save, "resume": resume}[case.work](case, folder) for case in members]
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -200,8 +200,7 @@ def test_exported_policy_is_the_trained_policy(straight: Path, tiny_llama: Path)
     policy = make_policy(tiny_llama, rank=4)
     untouched = policy.infer(rollout := random_rollout(49152, [(4, 9), (2, 5)]))[0]
     whole = make_critic(tiny_llama)  # a checkpoint is read with all that it holds
-    template = {"policy": policy.state_dict(loading=True), "critic": whole.state_dict(loading=True)}
-    policy.load_state_dict(training.load(straight / "checkpoints" / "step-6", template)["policy"])
+    training.restore(straight / "checkpoints" / "step-6", {"policy": policy, "critic": whole})
     exported = AutoModelForCausalLM.from_pretrained(straight / "policy").eval()
     for prompt, response in response_tokens(rollout):
         with torch.no_grad():

@@ -1,0 +1,134 @@
+"""Dealing sequences to ranks, cutting micro-batches for context parallelism, attention within sequences."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aligner.data.batch import SupervisedBatch
+from aligner.models.attention import PackedAttention, Segments
+from aligner.models.microbatch import Layout, deal
+
+
+@dataclass
+class Group:
+    """Stands for a process group where nothing is sent."""
+
+    ranks: int
+    own: int
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return self.own
+
+
+def batch_of(lengths: list[int], seed: int = 0) -> SupervisedBatch:
+    g = torch.Generator().manual_seed(seed)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    mask_N = torch.rand(sum(lengths), generator=g) < 0.6
+    mask_N[cu_seqlens[:-1]] = False
+    tokens_N = torch.randint(1, 99, (sum(lengths),), generator=g)
+    return SupervisedBatch(tokens_N=tokens_N, cu_seqlens=cu_seqlens.int(), action_mask_N=mask_N)
+
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
+SHORT = st.lists(st.integers(1, 17), min_size=1, max_size=9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 90), st.integers(1, 3))
+def test_deal_is_complete_within_budget_and_balanced(lengths, ranks, budget, multiple):
+    dealt = deal(lengths, ranks, budget, multiple=multiple)
+    assert sorted(i for share in dealt for group in share for i in group) == list(range(len(lengths)))
+    for share in dealt:
+        assert share and len(share) % multiple == 0
+        for group in share:
+            assert len(group) <= 1 or sum(lengths[i] for i in group) <= budget
+        full = [sum(lengths[i] for i in group) for group in share if group]
+        assert sum(a + b <= budget for a, b in zip(full, full[1:], strict=False)) == 0  # no two would fit together
+    loads = [sum(lengths[i] for group in share for i in group) for share in dealt]
+    assert max(loads) <= sum(loads) / ranks + (1 - 1 / ranks) * max(lengths)  # Graham's bound
+
+
+def test_long_sequences_cost_more_than_their_tokens():
+    assert [sorted(len(g) for g in share) for share in deal([8, 2, 2, 2, 2], 2, 99)] == [[1], [4]]
+    assert deal([8, 4, 4, 4, 4], 2, 99, quadratic=1.0) == [[[0]], [[1, 2, 3, 4]]]  # 72 against 4 x 20
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(1, 4), st.integers(1, 3), st.sampled_from([0, 1]))
+def test_every_token_is_on_one_rank_and_sees_its_own_prefix(lengths, ranks, tensor, shift):
+    batch = batch_of(lengths)
+    n, starts = sum(lengths), batch.cu_seqlens.tolist()
+    sequence = [b for b, length in enumerate(lengths) for _ in range(length)]
+    layouts = [Layout.of(batch, context_group=Group(ranks, r), tensor=tensor, shift=shift) for r in range(ranks)]
+    rows = len(layouts[0].tokens_T)
+    assert rows % tensor == 0 and rows * ranks < n + 2 * ranks * tensor
+    computed, read = [], []
+    for layout in layouts:
+        assert len(layout.tokens_T) == rows
+        stream = {}  # row -> token of the stream
+        for q0, q1, k0, k1 in layout.segments:
+            for row in range(q0, q1):
+                stream[row] = k1 - (q1 - row)
+                assert starts[sequence[stream[row]]] == k0
+        computed += stream.values()
+        for row, token in stream.items():
+            assert layout.tokens_T[row] == batch.tokens_N[token]
+            assert layout.positions_T[row] == token - starts[sequence[token]]
+        assert all(layout.tokens_T[row] == 0 for row in range(rows) if row not in stream)
+        for token, index, row in zip(layout.action_tokens, layout.action_index, layout.row, strict=True):
+            assert token == batch.tokens_N[index] and stream[int(row)] == index - shift
+        read += layout.action_index.tolist()
+    assert sorted(computed) == list(range(n))
+    assert sorted(read) == batch.action_mask_N.nonzero()[:, 0].tolist()
+
+
+def test_context_ranks_share_the_causal_triangle():
+    work = [int(Layout.of(batch_of([512]), context_group=Group(4, r)).positions_T.sum()) for r in range(4)]
+    assert max(work) == min(work) == 512 * 511 // 2 // 4
+
+
+def test_a_micro_batch_of_padding():
+    layout = Layout.of(None, context_group=Group(2, 1), tensor=2)
+    assert layout.tokens_T.tolist() == [0] * 4 and layout.segments == [] and layout.num_packed == 0
+
+
+def test_an_action_without_a_prompt_is_refused():
+    batch = batch_of([3, 2])
+    batch.action_mask_N[3] = True
+    with pytest.raises(ValueError, match="starts with an action token"):
+        Layout.of(batch)
+    Layout.of(batch, shift=0)  # a score is read after the token
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.integers(1, 17), min_size=1, max_size=9), st.integers(0, 5), st.sampled_from([(4, 4), (4, 2), (3, 1)])
+)
+def test_packed_attention_equals_masked_softmax(lengths, padding, heads):
+    """Against softmax over all tokens with a dense mask, in float64, with its gradients."""
+    n, (queries, keys), d = sum(lengths), heads, 8
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(n + padding, 1, h, d, generator=g, requires_grad=True) for h in (queries, keys, keys))
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    segments = Segments.of([(a, b, a, b) for a, b in zip(starts, starts[1:], strict=False)], n + padding, None)
+    attention = PackedAttention.__new__(PackedAttention)
+    out = attention.forward(q, k, v, packed_seq_params=segments)
+    weights = torch.randn(out.shape, generator=g)
+    got = [out, *torch.autograd.grad((out * weights).sum(), (q, k, v))]
+
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = (sequence[:, None] == sequence[None]) & (torch.arange(n)[:, None] >= torch.arange(n)[None])
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    qs, ks, vs = (x[:n, 0].transpose(0, 1).repeat_interleave(queries // x.shape[2], 0) for x in exact)
+    scores = (qs @ ks.transpose(1, 2) / d**0.5).masked_fill(~mask, -torch.inf)
+    dense = (scores.softmax(-1) @ vs).transpose(0, 1).reshape(n, 1, -1)
+    dense = torch.cat([dense, dense.new_zeros(padding, *dense.shape[1:])])
+    want = [dense, *torch.autograd.grad((dense * weights).sum(), exact)]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
