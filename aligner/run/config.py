@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import torch.distributed as dist
 import tyro
 import yaml
 
@@ -77,7 +76,7 @@ def user_errors(main: Callable[[], int]) -> NoReturn:
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, ValueError) and not _raised_here(error):
             raise
-        if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+        if distributed.tells_errors():
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -124,6 +124,11 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def tells_errors() -> bool:
+    """Whether what went wrong here is news: before the processes joined, those of one machine all find the same."""
+    return dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def gather(compute: Callable[[], Value]) -> list[Value]:
     """What every rank computes, by rank, on all of them; called by all of them.
 
