@@ -73,9 +73,10 @@ class Watch:
         while True:
             self._ticks += 1
             store.set(f"beat/{self.rank}", str(self._ticks))
-            if self._over.is_set():
+            stopped = store.check(["stopped"])
+            if self._over.is_set():  # it was this rank, which goes on with what it raised
                 return
-            if store.check(["stopped"]):
+            if stopped:
                 self._stop(store.get("stopped").decode())
             key = f"beat/{(self.rank + 1) % self.world}"
             beat = store.get(key) if store.check([key]) else None
