@@ -33,12 +33,14 @@ from aligner.losses.kl import kl_estimate
 from aligner.losses.policy import clipped_policy_loss, token_weights
 from aligner.losses.statistics import estimate_statistics, rollout_statistics, update_statistics
 from aligner.losses.value import clipped_value_loss
+from aligner.models import parallel
 from aligner.models.critic import Critic, CriticConfig
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
 from aligner.models.policy import Policy
 from aligner.models.shape import ModelShape
 from aligner.refit.plan import Plan, compile_plan
+from aligner.refit.replica import Replica
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import SamplingConfig
 from aligner.rollout.scoring import sample_and_score
@@ -46,6 +48,7 @@ from aligner.rollout.transcript import Transcript
 from aligner.run import config as options
 from aligner.run import distributed
 from aligner.run.directory import RunDirectory
+from aligner.run.distributed import gather
 from aligner.run.loop import ProgramConfig, repeat
 from aligner.run.report import write_report
 from aligner.run.timers import Timers, peak_memory_bytes
@@ -88,15 +91,16 @@ class Config(ProgramConfig):
 
 @dataclass
 class Run:
-    """Everything that a step uses."""
+    """Everything that a step uses. One rank of each replica samples and has a sampler, its plan and the reward."""
 
     config: Config
     folder: Path
     policy: Policy
     critic: LocalCritic
-    sampler: NativeSampler
-    plan: Plan
-    reward: RewardFunction
+    replica: Replica
+    sampler: NativeSampler | None
+    plan: Plan | None
+    reward: RewardFunction | None
     transcript: Transcript
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
@@ -112,9 +116,7 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
 
     with timers("sample"):
         sampling = c.sampling.sampling(seed, run.transcript.stop)
-        scored = sample_and_score(
-            run.sampler, prompts, sampling, b.samples_per_prompt, run.transcript, run.reward.submit
-        )
+        scored = sample_and_score(run.sampler, prompts, sampling, b.samples_per_prompt, run.transcript, run.reward)
         rollout = scored.rollout
     with timers("values"):
         values = run.critic.infer(rollout)
@@ -133,7 +135,7 @@ def step(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
     with timers("train_policy"):
         policy_stats = [update(run, policy_batch.take(sequences)) for sequences in order]
     with timers("refit"):
-        run.sampler.refit(run.plan, run.policy, version=number)
+        refit(run, number)
 
     metrics = rollout_statistics(rollout, rewards_B, logprobs_N - reference_N)
     metrics |= estimate_statistics(policy_batch, value_batch, logprobs_N, entropy_N)
@@ -184,16 +186,22 @@ def update(run: Run, mini: PolicyBatch) -> dict[str, Tensor]:
     return run.policy.update(mini, loss)
 
 
+def refit(run: Run, version: int) -> None:
+    """The policy's weights go into the samplers."""
+    run.replica.publish(version)
+    gather(lambda: run.sampler and run.sampler.refit(run.plan, run.replica, version=version))
+
+
 def evaluate(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
     """Reward and KL on held-out prompts; every call draws with the same seeds."""
     c, prompts = run.config, run.eval_prompts
     if not prompts:
         return {}, []
     sampling = c.sampling.sampling(c.seed, run.transcript.stop)
-    scored = sample_and_score(run.sampler, prompts, sampling, 1, run.transcript, run.reward.submit)
+    scored = sample_and_score(run.sampler, prompts, sampling, 1, run.transcript, run.reward)
     rollout, rewards_B = scored.rollout, scored.rewards()
     log_ratio_N = torch.zeros_like(rollout.sampler_logprobs_N)
-    if run.sampler.weights_version:  # before the first update the policy is the reference
+    if rollout.weights_version:  # before the first update the policy is the reference
         log_ratio_N = run.policy.infer(rollout)[0] - run.policy.infer_reference(rollout)
     metrics = rollout_statistics(rollout, rewards_B, log_ratio_N, prefix="eval/")
     return metrics, run.transcript.rows(number, "eval", scored.texts, rewards_B)
@@ -201,9 +209,7 @@ def evaluate(run: Run, number: int) -> tuple[dict[str, float], list[dict]]:
 
 def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     """Check what can be wrong, cheapest first, then load. Returns the run, its directory and the steps already done."""
-    folder = Path(config.model) if Path(config.model).is_dir() else default_model(config.model)
-    shape = ModelShape.from_folder(folder)
-    critic_shape = config.critic.shape(shape)
+    folder, shape, critic_shape = shapes(config)
     read = huggingface.Weights(folder, shape.tensors())
     tokenizer = load_tokenizer(folder)
     train_prompts, eval_prompts = load_prompts(
@@ -211,31 +217,42 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
     )
     prompts_per_step = config.batch.sequences // config.batch.samples_per_prompt
     PromptOrder(len(train_prompts), config.seed).batch(0, prompts_per_step)
-    checkpoint = training.load(training.latest(config.output)) if config.resume and config.output else {"step": 0}
+    checkpoint = training.latest(config.output) if config.resume and config.output else None
+    start = training.read_plain(checkpoint)["step"] if checkpoint else 0
+    distributed.initialize(config.threads, config.parallel)
     directory = RunDirectory.create(
         config.output, "ppo", options.to_yaml(config), config.resume, needed_bytes=2 * shape.num_bytes()
     )
-    reward = load_reward(config.reward.function)
-    reward.check()
+    reward = None
+    if distributed.place().leads:
+        reward = load_reward(config.reward.function)
+    gather(lambda: reward and reward.check())
 
-    distributed.initialize(config.threads)
-    shared = {"tokens_per_micro_batch": config.batch.tokens_per_micro_batch, "seed": config.seed}
+    shared = {
+        "tokens_per_micro_batch": config.batch.tokens_per_micro_batch,
+        "seed": config.seed,
+        "parallel": config.parallel,
+        "dtype": getattr(torch, config.dtype),
+    }
     p, c, temperature = config.policy, config.critic, config.sampling.temperature
     policy = Policy(shape, read, lora=p.lora, optimizer=p.optimizer, temperature=temperature, **shared)
     critic = Critic(critic_shape, read, lora=c.lora, optimizer=c.optimizer, **shared)
-    sampler = NativeSampler(shape, dtype=config.sampling.dtype, tokenizer=folder)
-    start = checkpoint["step"]
-    if config.resume:
-        policy.load_state_dict(checkpoint["policy"])
-        critic.load_state_dict(checkpoint["critic"])
+    if checkpoint:
+        networks = {"policy": policy, "critic": critic}
+        state = training.load(checkpoint, {name: n.state_dict(loading=True) for name, n in networks.items()})
+        for name, network in networks.items():
+            network.load_state_dict(state[name])
         directory.truncate(start or -1)  # a run that was stopped before its first step evaluates again
-    plan = compile_plan(policy.manifest(), sampler.manifest())
-    sampler.refit(plan, policy, version=start)
+    replica, sampler, plan = Replica(policy), None, None
+    if replica.leads:
+        sampler = NativeSampler(shape, dtype=config.sampling.dtype, tokenizer=folder)
+        plan = compile_plan(replica.manifest(), sampler.manifest())
     run = Run(
         config=config,
         folder=folder,
         policy=policy,
         critic=LocalCritic(critic),
+        replica=replica,
         sampler=sampler,
         plan=plan,
         reward=reward,
@@ -244,7 +261,19 @@ def setup(config: Config) -> tuple[Run, RunDirectory, int]:
         eval_prompts=eval_prompts[: config.eval_prompts],
         timers=Timers(),
     )
+    refit(run, start)
     return run, directory, start
+
+
+def shapes(config: Config) -> tuple[Path, ModelShape, ModelShape]:
+    """The model's folder, and the shapes of policy and critic, once they fit the layout."""
+    config.parallel.data(distributed.world_size())
+    folder = Path(config.model) if Path(config.model).is_dir() else default_model(config.model)
+    shape = ModelShape.from_folder(folder)
+    critic_shape = config.critic.shape(shape)
+    parallel.check(config.parallel, shape, "the model")
+    parallel.check(config.parallel, critic_shape, "the critic")
+    return folder, shape, critic_shape
 
 
 def save(run: Run, directory: RunDirectory, number: int) -> None:

@@ -7,13 +7,25 @@ Entry t of every _N tensor is about token t.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
 class Packed:
-    """Base of the batches: slicing by sequence."""
+    """Base of the batches: slicing by sequence.
+
+    together: neighbouring sequences that must stay in one micro-batch, because a loss compares them.
+    """
+
+    together: ClassVar[int] = 1
+
+    def to(self, device):
+        """The same batch with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        moved = {name: x.to(device) for name, x in moved.items() if isinstance(x, Tensor | Packed)}
+        return dataclasses.replace(self, **moved)
 
     def take(self, sequences: Sequence[int]):
         """The same batch restricted to the given sequences, in that order."""
@@ -83,6 +95,46 @@ class ValueBatch(Packed):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SupervisedBatch(Packed):
+    """Sequences whose masked tokens a model learns to say.
+
+    tokens_N: (N,) int64, token ids, sequences concatenated.
+    cu_seqlens: (B + 1,) int32, tokens. Prefix sum of sequence lengths.
+    action_mask_N: (N,) bool. True for the tokens that are learnt.
+    """
+
+    tokens_N: Tensor
+    cu_seqlens: Tensor
+    action_mask_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Packed):
+    """Pairs of responses to one prompt: sequence 2i is the chosen one, 2i + 1 the rejected one.
+
+    tokens_N, cu_seqlens: as of SupervisedBatch.
+    action_mask_N: (N,) bool. True for the tokens that are read: a response's for its log-probability, its last one for
+        its score.
+    """
+
+    together: ClassVar[int] = 2
+
+    tokens_N: Tensor
+    cu_seqlens: Tensor
+    action_mask_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceBatch(PairBatch):
+    """Pairs with what the reference says of them.
+
+    reference_logprobs_B: (B,) float32, nats. Sum of the reference's log-probabilities over each response.
+    """
+
+    reference_logprobs_B: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchConfig:
     sequences: int = 48
     """Responses sampled in a step."""
@@ -93,7 +145,7 @@ class BatchConfig:
     epochs: int = 1
     """Passes over a step's responses."""
     tokens_per_micro_batch: int = 1024
-    """Padded tokens in one forward pass; changes memory and speed, never a gradient."""
+    """Tokens of all sequences in one forward pass; changes memory and speed, never a gradient."""
 
     def __post_init__(self):
         if min(self.sequences, self.samples_per_prompt, self.minibatch_sequences, self.epochs) < 1:

@@ -1,6 +1,5 @@
 """Numbers that describe a step; pure functions of its tensors."""
 
-import torch
 from torch import Tensor
 
 from aligner import ops
@@ -52,7 +51,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return 1 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
 
 
-def update_statistics(policy: list[dict[str, Tensor]], value: list[dict[str, Tensor]]) -> dict[str, float]:
+def update_statistics(policy: list[dict[str, float]], value: list[dict[str, float]]) -> dict[str, float]:
     """Means over optimizer steps of what the policy's and the critic's updates report."""
     names = {"policy_loss": "loss/policy", "grad_norm": "grad_norm/policy", "clip_fraction": "clip_fraction"}
     names |= {"approx_kl": "approx_kl", "ratio": "ratio/mean", "ratio_clamped": "ratio_clamped/mean"}
@@ -61,5 +60,5 @@ def update_statistics(policy: list[dict[str, Tensor]], value: list[dict[str, Ten
     return _means(policy, names) | _means(value, value_names)
 
 
-def _means(steps: list[dict[str, Tensor]], names: dict[str, str]) -> dict[str, float]:
-    return {new: float(torch.stack([s[old] for s in steps]).mean()) for old, new in names.items()}
+def _means(steps: list[dict[str, float]], names: dict[str, str]) -> dict[str, float]:
+    return {new: sum(s[old] for s in steps) / len(steps) for old, new in names.items()}

@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from aligner.models.lora import LoRAConfig
 from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig, Stats
 from aligner.models.shape import ModelShape
+from aligner.models.weights import Reader
+from aligner.run.distributed import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,14 @@ class Critic:
     def __init__(
         self,
         shape: ModelShape,
-        read: Callable[[str], Tensor],
+        read: Reader,
         *,
         lora: LoRAConfig,
         optimizer: OptimizerConfig,
         tokens_per_micro_batch: int,
         seed: int,
+        parallel: ParallelConfig | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         self.network = Network(
             shape,
@@ -53,12 +58,14 @@ class Critic:
             optimizer=optimizer,
             tokens_per_micro_batch=tokens_per_micro_batch,
             seed=seed,
+            parallel=parallel,
+            dtype=dtype,
             value_head=True,
         )
 
     def infer(self, rollout) -> Tensor:
         """values_N of the action tokens, float32, reward units; 0 elsewhere."""
-        return self.network.run(rollout, lambda hidden, layout: (self._values(hidden, layout),))[0]
+        return self.network.run(rollout, lambda hidden, layout: (self._values(hidden, layout),), outputs=1)[0]
 
     def update(self, batch, loss: Callable[[Tensor, object], tuple[Tensor, Stats]]) -> Stats:
         """One optimizer step on `loss(values_N, micro_batch) -> (scalar, statistics)`."""
@@ -67,10 +74,10 @@ class Critic:
         )
 
     def _values(self, hidden: Tensor, layout: Layout) -> Tensor:
-        return self.network.model.value_head(layout.predictors(hidden))[:, 0]
+        return self.network.last.value_head(layout.states(hidden))[:, 0]
 
-    def state_dict(self) -> dict:
-        return self.network.state_dict()
+    def state_dict(self, *, loading: bool = False) -> dict:
+        return self.network.state_dict(loading=loading)
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state)

@@ -5,15 +5,19 @@ that need them.
 """
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aligner.models.attention import PackedAttention, Segments
+from aligner.models.microbatch import Layout
 from aligner.models.shape import ModelShape
+from aligner.run.distributed import ParallelConfig
 
 
 class RMSNorm(nn.RMSNorm):
@@ -24,35 +28,31 @@ class RMSNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-class CausalAttention(MegatronModule):
-    """softmax(q k^T / sqrt(d) + causal mask) v through torch's fused attention.
-
-    No padding mask is needed: sequences are padded on the right, and no token attends to what comes after it.
-    """
-
-    def __init__(self, config: TransformerConfig, layer_number: int, **_):
-        super().__init__(config=config)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **_) -> Tensor:
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # [s, b, heads, dim] -> [b, heads, s, dim]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
-
-
 class HiddenStates(GPTModel):
-    """GPTModel that returns the final normalised hidden states, (s, b, H), in place of logits."""
+    """GPTModel on packed tokens that returns the final normalised hidden states, (T, 1, H), in place of logits."""
 
-    def _postprocess(self, hidden_states: Tensor, **_) -> Tensor:
-        return hidden_states
+    def forward(self, layout: Layout, segments: Segments) -> Tensor:
+        hidden = self.embedding(input_ids=layout.tokens_T[None], position_ids=None) if self.pre_process else None
+        angles = torch.outer(layout.positions_T.float(), self.rotary_pos_emb.inv_freq)
+        hidden = self.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=torch.cat([angles, angles], dim=-1)[:, None, None],
+            packed_seq_params=segments,
+        )
+        if self.post_process and self.config.sequence_parallel:  # the heads read any row, and agree on its gradient
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        return super().forward(tokens_BS, position_ids=None, attention_mask=None)
 
-
-def transformer_config(shape: ModelShape) -> TransformerConfig:
+def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the network, with losses that already carry the denominator of the whole step."""
     from megatron.core.distributed import finalize_model_grads
 
+    recompute = {} if parallel.recompute == "none" else {"recompute_granularity": parallel.recompute}
+    if parallel.recompute == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden,
@@ -69,8 +69,9 @@ def transformer_config(shape: ModelShape) -> TransformerConfig:
         qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
         use_cpu_initialization=True,
         perform_initialization=False,
         bias_activation_fusion=False,
@@ -79,29 +80,58 @@ def transformer_config(shape: ModelShape) -> TransformerConfig:
         persist_layer_norm=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        # Micro-batches differ in length, so stages tell each other the shape; Megatron wants this dispatcher for it.
+        variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
+        # An interleaved pipeline with batched sends gives wrong gradients, which only megatron.training refuses.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         # Gradients are summed over micro-batches and ranks, never averaged: a loss divides by the whole step's tokens.
         calculate_per_token_loss=True,
         finalize_model_grads_func=lambda model, _num_tokens, **kwargs: finalize_model_grads(model, None, **kwargs),
+        **recompute,
     )
 
 
-def build(shape: ModelShape) -> HiddenStates:
-    """The network with uninitialised weights."""
-    config = transformer_config(shape)
+def build(
+    shape: ModelShape, parallel: ParallelConfig, *, dtype: torch.dtype = torch.float32, output_layer: bool = True
+) -> list[HiddenStates]:
+    """The chunks of the network that this rank holds, one a virtual stage, with uninitialised weights.
+
+    output_layer: False leaves the output weight out, for networks under another head.
+    """
+    config = transformer_config(shape, parallel, dtype)
+    stages = range(parallel.virtual_pipeline) if parallel.virtual_pipeline > 1 else [None]
+    return [_chunk(shape, config, stage, output_layer) for stage in stages]
+
+
+def _chunk(shape: ModelShape, config: TransformerConfig, stage: int | None, output_layer: bool) -> HiddenStates:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention.core_attention = CausalAttention
+    attention.core_attention = PackedAttention
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     model = HiddenStates(
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * shape.num_layers, layer_norm=RMSNorm),
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=stage), layer_norm=RMSNorm
+        ),
         vocab_size=shape.vocab,
         max_sequence_length=shape.context,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         parallel_output=True,
-        share_embeddings_and_output_weights=shape.tied,
+        share_embeddings_and_output_weights=shape.tied and output_layer,
         position_embedding_type="rope",
+        vp_stage=stage,
     )
+    if model.post_process and not output_layer:
+        del model.output_layer
     model.rotary_pos_emb.inv_freq = shape.rope.frequencies(shape.head_dim)  # Megatron's own scalings are fewer
     return model

@@ -6,16 +6,26 @@ Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor, nn
 
 from aligner.models.weights import window
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +63,32 @@ class LowRank(NamedTuple):
 
 
 class LoRA(nn.Module):
-    """The two factors of one adapter; attached to its linear layer as the submodule `lora`."""
+    """The two factors of one adapter; attached to its linear layer as the submodule `lora`.
 
-    def __init__(self, linear: nn.Module, rank: int, alpha: float, generator: torch.Generator):
+    A column-parallel layer splits the rows of W and so of B, and every rank has all of A; a row-parallel one splits the
+    columns of W and of A. Only `rank` numbers a token cross between the ranks, between A and B.
+
+    weight: of the linear layer, this rank's part.
+    generator: of A's initial values. Every rank draws the whole A and keeps its part, so that A is the same on any
+        layout.
+    """
+
+    def __init__(self, weight: Tensor, config: LoRAConfig, *, row_parallel: bool, sequence: bool, generator):
         super().__init__()
-        out_features, in_features = linear.weight.shape
-        bound = 1 / math.sqrt(in_features)
-        a = torch.empty(rank, in_features, dtype=linear.weight.dtype)
-        self.a = nn.Parameter(a.uniform_(-bound, bound, generator=generator))
-        self.b = nn.Parameter(torch.zeros(out_features, rank, dtype=linear.weight.dtype))
-        self.scale = alpha / rank
+        self.row_parallel, self.sequence = row_parallel, sequence
+        group = parallel_state.get_tensor_model_parallel_group()
+        out_features, in_features = weight.shape
+        whole = in_features * (group.size() if row_parallel else 1)
+        bound = 1 / math.sqrt(whole)
+        a = torch.empty(config.rank, whole).uniform_(-bound, bound, generator=generator)
+        if row_parallel:
+            a = a.narrow(1, group.rank() * in_features, in_features).clone()
+        self.a = nn.Parameter(a.to(weight))
+        self.b = nn.Parameter(weight.new_zeros(out_features, config.rank))
+        split, copied = (self.a, self.b) if row_parallel else (self.b, self.a)
+        set_tensor_model_parallel_attributes(split, True, 1 if row_parallel else 0, 1)
+        copied.sequence_parallel = sequence  # a rank's gradient comes from its own tokens; Megatron adds them up
+        self.scale = config.alpha / config.rank
         self.enabled = True
 
     def add(self, _linear: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor | None]):
@@ -70,20 +96,37 @@ class LoRA(nn.Module):
         if not self.enabled:
             return output
         y, bias = output
-        down = nn.functional.linear(inputs[0], self.a).flatten(0, -2)
+        down = self._across(nn.functional.linear(inputs[0], self.a)).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), down, self.b.T, alpha=self.scale).view_as(y), bias
+
+    def _across(self, down: Tensor) -> Tensor:
+        """A x of what this rank has of x -> what it needs for its part of B."""
+        if self.row_parallel:
+            if self.sequence:
+                return reduce_scatter_to_sequence_parallel_region(down)
+            return reduce_from_tensor_model_parallel_region(down)
+        if self.sequence:
+            return gather_from_sequence_parallel_region(down, tensor_parallel_output_grad=True)
+        return copy_to_tensor_model_parallel_region(down)
 
     def over(self, weight: Tensor) -> LowRank:
         """W + (alpha / rank) B A."""
         return LowRank(weight, self.b.detach(), self.a.detach(), self.scale)
 
 
-def attach(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -> dict[str, LoRA]:
-    """Freeze the model and give every target linear layer an adapter. Returns adapters by name of the layer."""
-    model.requires_grad_(False)
+def attach(linears: dict[str, nn.Module], config: LoRAConfig, *, sequence: bool, seed: int) -> dict[str, LoRA]:
+    """Give every target an adapter. Returns adapters by name of the layer.
+
+    linears: linear layers by a name that is the same on any layout.
+    sequence: the layout is sequence-parallel.
+    """
     adapters = {}
-    for name, module in list(model.named_modules()):
-        if name.rsplit(".", 1)[-1] in config.targets:
-            module.lora = adapters[name] = LoRA(module, config.rank, config.alpha, generator)
-            module.register_forward_hook(module.lora.add)
+    for name, linear in linears.items():
+        kind = name.rsplit(".", 1)[-1]
+        if kind in config.targets:
+            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            linear.lora = adapters[name] = LoRA(
+                linear.weight, config, row_parallel=kind in ROW_PARALLEL, sequence=sequence, generator=generator
+            )
+            linear.register_forward_hook(linear.lora.add)
     return adapters

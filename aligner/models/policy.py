@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 from aligner import ops
@@ -11,7 +12,8 @@ from aligner.models.lora import LoRAConfig, LowRank
 from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig, Stats
 from aligner.models.shape import ModelShape
-from aligner.models.weights import export
+from aligner.models.weights import Reader, export
+from aligner.run.distributed import ParallelConfig
 
 
 class Policy:
@@ -23,28 +25,38 @@ class Policy:
     def __init__(
         self,
         shape: ModelShape,
-        read: Callable[[str], Tensor],
+        read: Reader,
         *,
         lora: LoRAConfig,
         optimizer: OptimizerConfig,
         tokens_per_micro_batch: int,
         seed: int,
         temperature: float = 1.0,
+        parallel: ParallelConfig | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         self.network = Network(
-            shape, read, adapters=lora, optimizer=optimizer, tokens_per_micro_batch=tokens_per_micro_batch, seed=seed
+            shape,
+            read,
+            adapters=lora,
+            optimizer=optimizer,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            seed=seed,
+            parallel=parallel,
+            dtype=dtype,
         )
         self.shape, self.temperature = shape, temperature
-        self._initial = {} if lora.rank else {name: p.clone() for name, p in self.network.base.items()}
+        # Where all weights are trained the reference's wait in host memory.
+        self._initial = {} if lora.rank else {name: p.to("cpu", copy=True) for name, p in self.network.base.items()}
 
     def infer(self, rollout) -> tuple[Tensor, Tensor]:
         """(logprobs_N, entropy_N) of the action tokens, float32, nats; 0 elsewhere."""
-        return self.network.run(rollout, self._logprobs)
+        return self.network.run(rollout, self._logprobs, outputs=2)
 
     def infer_reference(self, rollout) -> Tensor:
         """logprobs_N of the action tokens under the weights that training started from, float32, nats."""
         with self._reference():
-            return self.network.run(rollout, self._logprobs)[0]
+            return self.network.run(rollout, self._logprobs, outputs=2)[0]
 
     def update(self, batch, loss: Callable[[Tensor, Tensor, object], tuple[Tensor, Stats]]) -> Stats:
         """One optimizer step on `loss(logprobs_N, entropy_N, micro_batch) -> (scalar, statistics)`."""
@@ -56,10 +68,16 @@ class Policy:
         return self.network.step(batch, on_hidden)
 
     def _logprobs(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        model = self.network.model
-        weight_VH = model.shared_embedding_or_output_weight() if self.shape.tied else model.output_layer.weight
-        hidden_AH = layout.predictors(hidden)
-        return ops.linear_logprobs(hidden_AH, weight_VH, layout.action_tokens, temperature=self.temperature)
+        last = self.network.last
+        weight_VH = last.shared_embedding_or_output_weight() if self.shape.tied else last.output_layer.weight
+        group = parallel_state.get_tensor_model_parallel_group()
+        return ops.linear_logprobs(
+            layout.states(hidden),
+            weight_VH,
+            layout.action_tokens,
+            temperature=self.temperature,
+            group=group if group.size() > 1 else None,
+        )
 
     @contextmanager
     def _reference(self) -> Iterator[None]:
@@ -89,16 +107,14 @@ class Policy:
         return self.network.weight(name)
 
     def hugging_face(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of the Hugging Face checkpoint of the policy as it stands, adapters merged in."""
+        """(name, tensor) of the Hugging Face checkpoint of the policy as it stands, adapters merged in.
 
-        def read(name: str) -> Tensor:
-            weight = self.weight(name)
-            return weight.merged() if isinstance(weight, LowRank) else weight
+        Every rank exhausts it; the first one gets the tensors (models.weights.export).
+        """
+        return export(self.manifest()["tensors"], self.weight, self.shape, dtype=self.network.dtype)
 
-        return export(self.manifest()["tensors"], read, self.shape)
-
-    def state_dict(self) -> dict:
-        return self.network.state_dict()
+    def state_dict(self, *, loading: bool = False) -> dict:
+        return self.network.state_dict(loading=loading)
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state)

@@ -1,11 +1,11 @@
 """The shape of a dense decoder, read from a Hugging Face config.json, and its tensors in Hugging Face coordinates."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from aligner.models.rope import Rope
+from aligner.run.json_file import read_object
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Fields of a config.json that would need code this library does not have, and what they must be, if they are there.
@@ -17,6 +17,14 @@ EXPECTED = {
     "num_local_experts": None,
     "quantization_config": None,
 }
+COUNTS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +58,26 @@ class ModelShape:
                 f"model folder {str(folder)!r} has no config.json; give a Hugging Face model directory "
                 "(config.json, *.safetensors, tokenizer.json) or leave --model out for the default model."
             )
-        config = json.loads(path.read_text())
+        config = read_object(path)
         family = config.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"{path}: model_type {family!r} is not supported; expected one of {', '.join(FAMILIES)}.")
         for name, expected in EXPECTED.items():
             if (config.get(name) or None) not in (None, expected or None):
                 _refuse(path, name, config[name], expected)
+        count = {name: _positive(path, config, name) for name in COUNTS}
         _refuse_windows(path, config)
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        heads, hidden = count["num_attention_heads"], count["hidden_size"]
         return ModelShape(
-            num_layers=config["num_hidden_layers"],
+            num_layers=count["num_hidden_layers"],
             hidden=hidden,
-            ffn=config["intermediate_size"],
+            ffn=count["intermediate_size"],
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
-            vocab=config["vocab_size"],
-            context=config["max_position_embeddings"],
-            norm_eps=float(config["rms_norm_eps"]),
+            kv_heads=_positive(path, config, "num_key_value_heads", default=heads),
+            head_dim=_positive(path, config, "head_dim", default=128 if family == "qwen3" else hidden // heads),
+            vocab=count["vocab_size"],
+            context=count["max_position_embeddings"],
+            norm_eps=float(_positive(path, config, "rms_norm_eps", kind=float)),
             tied=bool(config.get("tie_word_embeddings", False)),
             rope=Rope.from_config(path, config),
             qkv_bias=family == "qwen2",
@@ -101,9 +110,26 @@ class ModelShape:
             shapes["lm_head.weight"] = (self.vocab, self.hidden)
         return shapes
 
+    def layer_weights(self) -> int:
+        """Entries of one layer's matrices."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.ffn
+
     def num_bytes(self) -> int:
         """Bytes of the checkpoint in float32."""
         return 4 * sum(math.prod(size) for size in self.tensors().values())
+
+
+def _positive(path: Path, config: dict, name: str, *, kind: type = int, default: int | None = None) -> int | float:
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if name not in config:
+        raise ValueError(f"{path}: {name} is missing; copy the config.json that belongs to the weights.")
+    if not isinstance(value, int | kind) or value <= 0:
+        expected = "whole number" if kind is int else "number"
+        raise ValueError(f"{path}: {name} is {value!r}, expected a {expected} above 0.")
+    return value
 
 
 def _refuse(path: Path, name: str, got, expected) -> None:

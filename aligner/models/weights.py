@@ -9,10 +9,14 @@ tensor; where "tensor" is null it is padding and stands nowhere.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from aligner.models.boxes import box_of, cover, move, size_of, words
 from aligner.models.shape import ModelShape
 
 Part = tuple[str | None, int, int]  # Hugging Face name (None: padding), first row or column, how many
@@ -27,7 +31,7 @@ def manifest(model: dict[str, Sequence[int]], tensors: list[dict]) -> dict:
 def join(manifests: Sequence[dict]) -> dict:
     """One manifest of all ranks; the parameter `name` of the rank i becomes `i/name`."""
     if any(m["model"] != manifests[0]["model"] for m in manifests):
-        raise ValueError("refit: the ranks' manifests are of different models; start all ranks on the same one.")
+        raise ValueError("the ranks' manifests are of different models; start all ranks on the same one.")
     tensors = [item | {"name": f"{i}/{item['name']}"} for i, m in enumerate(manifests) for item in m["tensors"]]
     return manifest(manifests[0]["model"], tensors)
 
@@ -67,6 +71,11 @@ def megatron_entry(
     return entry(name, tensor, [p for stack in stacks for p in _share(stack, rank * length, length)], axis)
 
 
+def megatron_axis(name: str, shape: ModelShape) -> int | None:
+    """The axis along which tensor-parallel ranks share a Megatron-core parameter; None where each has all of it."""
+    return _megatron_stacks(name, shape, 0)[0]
+
+
 def _share(parts: Sequence[Part], begin: int, length: int) -> list[Part]:
     """What [begin, begin + length) holds of parts that lie one after the other; beyond the last there is padding."""
     share, at, end = [], 0, begin + length
@@ -82,7 +91,8 @@ def _megatron_stacks(name: str, shape: ModelShape, first_layer: int) -> tuple[in
     """(axis that tensor parallelism cuts, stacks of parts): a rank holds its share of each stack, one after another."""
     fixed: dict[str, tuple[int | None, str, int]] = {
         "embedding.word_embeddings.weight": (0, "model.embed_tokens.weight", shape.vocab),
-        "output_layer.weight": (0, "lm_head.weight", shape.vocab),
+        # Megatron's last pipeline stage calls its copy of a tied embedding output_layer too.
+        "output_layer.weight": (0, "model.embed_tokens.weight" if shape.tied else "lm_head.weight", shape.vocab),
         "decoder.final_layernorm.weight": (None, "model.norm.weight", shape.hidden),
     }
     if name in fixed:
@@ -118,25 +128,125 @@ def window(tensor: Tensor, at: Sequence[int], size: Sequence[int]) -> Tensor:
     return tensor
 
 
+class Reader(Protocol):
+    """A checkpoint that gives the box of `size` at `start` of any tensor: checkpoint.huggingface.Weights."""
+
+    def window(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor: ...
+
+
+class Adapted(Protocol):
+    """A weight that is computed when it is asked for: lora.LowRank."""
+
+    def merged(self) -> Tensor: ...
+
+
 @torch.no_grad()
-def fill(tensors: list[dict], parameters: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
-    """Copy a Hugging Face checkpoint, given as `read(name) -> tensor`, into the parameters that the entries name."""
+def fill(tensors: list[dict], parameters: dict[str, Tensor], read: Reader) -> None:
+    """Copy a Hugging Face checkpoint into the parameters that the entries name; nothing else of it is read."""
     for item in tensors:
         for s in item["segments"]:
             if s["tensor"]:
                 into = window(parameters[item["name"]], s["at"], s["size"])
-                into.copy_(window(read(s["tensor"]), s["start"], s["size"]))
+                into.copy_(read.window(s["tensor"], s["start"], s["size"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """The box of `size` at `start` of a Hugging Face tensor is the one at `at` of a parameter of `rank`."""
+
+    rank: int
+    parameter: str
+    at: Sequence[int]
+    start: Sequence[int]
+    size: Sequence[int]
 
 
 @torch.no_grad()
-def export(tensors: list[dict], read: Callable[[str], Tensor], shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """Yield (Hugging Face name, tensor) for every tensor of the checkpoint, from parameters `read(name) -> tensor`."""
-    homes: dict[str, list[tuple[str, dict]]] = {}
-    for item in tensors:
-        for s in item["segments"]:
-            homes.setdefault(s["tensor"], []).append((item["name"], s))
+def export(
+    tensors: list[dict],
+    read: Callable[[str], Tensor | Adapted],
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype = torch.float32,
+    group: dist.ProcessGroup | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (Hugging Face name, tensor) for every tensor of the checkpoint, from the parameters of all ranks.
+
+    Every rank calls this and exhausts the iterator. Rank 0 yields the tensors, on the CPU, one at a time; the others
+    send it what it lacks and yield nothing.
+
+    tensors: the entries of this rank's parameters, which `read(name)` returns.
+    dtype: of the tensors that are yielded and of what is sent.
+    group: the ranks that hold the model, replicas allowed; None for the default group, or for no other rank without it.
+    Raises ValueError, on every rank and before anything is sent, when no rank holds some part of a tensor.
+    """
+    ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+    rank = dist.get_rank(group) if ranks > 1 else 0
+    manifests = [manifest(shape.tensors(), tensors)] * ranks
+    if ranks > 1:
+        dist.all_gather_object(manifests, manifests[rank], group=group)
+    pieces = _pieces(join(manifests), shape)
+    merged: dict[str, Tensor] = {}  # at most one: neighbouring tensors are often of the same parameter
+
+    def local(piece: _Piece) -> Tensor:
+        if piece.parameter not in merged:
+            merged.clear()
+            weight = read(piece.parameter)
+            merged[piece.parameter] = weight if isinstance(weight, Tensor) else weight.merged()
+        return window(merged[piece.parameter], piece.at, piece.size)
+
     for name, size in shape.tensors().items():
-        tensor = torch.empty(size)
-        for parameter, s in homes[name]:
-            window(tensor, s["start"], s["size"]).copy_(window(read(parameter), s["at"], s["size"]))
+        if rank:
+            for piece in pieces[name]:
+                if piece.rank == rank:
+                    _send(local(piece).to(dtype), group)
+            continue
+        tensor = torch.empty(size, dtype=dtype)
+        for piece in pieces[name]:
+            into = window(tensor, piece.start, piece.size)
+            if piece.rank:
+                _receive(into, piece.rank, group)
+            else:
+                into.copy_(local(piece))
         yield name, tensor
+
+
+def _pieces(joined: dict, shape: ModelShape) -> dict[str, list[_Piece]]:
+    """What each tensor of the checkpoint is put together from. The first rank that holds an element gives it."""
+    homes: dict[str, list] = {}
+    for item in joined["tensors"]:
+        for s in item["segments"]:
+            homes.setdefault(s["tensor"], []).append(((item["name"], s), box_of(s["start"], s["size"])))
+    pieces = {}
+    for name, size in shape.tensors().items():
+        found, missing = cover(box_of([0] * len(size), size), homes.get(name, ()))
+        if missing:
+            raise ValueError(
+                f"export: no rank holds {words(missing[0])} of {name}; call it on all ranks of a whole model."
+            )
+        pieces[name] = []
+        for (home, s), part in found:
+            rank, _, parameter = home.partition("/")
+            start = [low for low, _ in part]
+            at = move(start, s["start"], s["at"])
+            pieces[name].append(_Piece(rank=int(rank), parameter=parameter, at=at, start=start, size=size_of(part)))
+    return pieces
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where tensors must be for the group to send them."""
+    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+
+
+def _send(piece: Tensor, group: dist.ProcessGroup | None) -> None:
+    dist.send(piece.to(_device(group)).contiguous(), group=group, group_dst=0)
+
+
+def _receive(into: Tensor, rank: int, group: dist.ProcessGroup | None) -> None:
+    device = _device(group)
+    if into.is_contiguous() and into.device == device:
+        dist.recv(into, group=group, group_src=rank)
+        return
+    buffer = torch.empty(into.shape, dtype=into.dtype, device=device)
+    dist.recv(buffer, group=group, group_src=rank)
+    into.copy_(buffer)

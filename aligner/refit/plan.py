@@ -6,16 +6,14 @@ planner intersects the boxes. A source is any object with `manifest()` and `weig
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
+from aligner.models.boxes import box_of, cover, move, size_of, volume, without, words
 from aligner.models.lora import LowRank
 from aligner.refit import execute
-
-Box = tuple[tuple[int, int], ...]  # per axis: first, one past the last
 
 
 class Source(Protocol):
@@ -123,75 +121,32 @@ def compile_plan(source: dict, destination: dict) -> Plan:
 
 def _fill_segment(item: dict, segment: dict, homes: list[tuple[dict, dict]]) -> list[Copy]:
     """Copies that fill one destination segment, each of its elements from exactly one source."""
-    missing, copies = [_box(segment["start"], segment["size"])], []
-    for home, s in homes:
-        if not missing:
-            break
-        held = _box(s["start"], s["size"])
-        for found in filter(None, [_common(box, held) for box in missing]):
-            first = [low for low, _ in found]
-            copies.append(
-                Copy(
-                    source=home["name"],
-                    source_at=_move(first, s["start"], s["at"]),
-                    destination=item["name"],
-                    destination_at=_move(first, segment["start"], segment["at"]),
-                    size=tuple(high - low for low, high in found),
-                )
-            )
-        missing = [rest for box in missing for rest in _without(box, held)]
+    held = (((home["name"], s), box_of(s["start"], s["size"])) for home, s in homes)
+    found, missing = cover(box_of(segment["start"], segment["size"]), held)
     if missing:
-        raise ValueError(f"refit: {_words(missing[0])} of {segment['tensor']}, for {item['name']}, has no source.")
+        raise ValueError(f"refit: {words(missing[0])} of {segment['tensor']}, for {item['name']}, has no source.")
+    copies = []
+    for (source, s), part in found:
+        first = [low for low, _ in part]
+        copies.append(
+            Copy(
+                source=source,
+                source_at=move(first, s["start"], s["at"]),
+                destination=item["name"],
+                destination_at=move(first, segment["start"], segment["at"]),
+                size=size_of(part),
+            )
+        )
     return copies
 
 
 def _check_cover(item: dict) -> None:
     """The segments of an entry, padding among them, tile its parameter."""
-    free = [_box([0] * len(item["shape"]), item["shape"])]
+    free = [box_of([0] * len(item["shape"]), item["shape"])]
     for s in item["segments"]:
-        box = _box(s["at"], s["size"])
-        before, free = _volume(free), [rest for f in free for rest in _without(f, box)]
-        if before - _volume(free) != _volume([box]):
-            raise ValueError(f"refit: {_words(box)} of {item['name']} is placed twice, or lies outside of it.")
+        box = box_of(s["at"], s["size"])
+        before, free = volume(free), [rest for f in free for rest in without(f, box)]
+        if before - volume(free) != volume([box]):
+            raise ValueError(f"refit: {words(box)} of {item['name']} is placed twice, or lies outside of it.")
     if free:
-        raise ValueError(f"refit: {_words(free[0])} of {item['name']} is placed by no segment.")
-
-
-def _box(at: Sequence[int], size: Sequence[int]) -> Box:
-    return tuple((a, a + n) for a, n in zip(at, size, strict=True))
-
-
-def _move(point: Sequence[int], origin: Sequence[int], to: Sequence[int]) -> tuple[int, ...]:
-    return tuple(p - o + t for p, o, t in zip(point, origin, to, strict=True))
-
-
-def _common(a: Box, b: Box) -> Box | None:
-    box = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
-    return box if all(low < high for low, high in box) else None
-
-
-def _without(box: Box, hole: Box) -> list[Box]:
-    """Disjoint boxes that make up `box` outside of `hole`: slabs, one axis after the other."""
-    inside = _common(box, hole)
-    if inside is None:
-        return [box]
-    rest = []
-    for axis, ((low, high), (first, last)) in enumerate(zip(box, inside, strict=True)):
-        for part in ((low, first), (last, high)):
-            if part[0] < part[1]:
-                rest.append((*inside[:axis], part, *box[axis + 1 :]))
-    return rest
-
-
-def _volume(boxes: Sequence[Box]) -> int:
-    total = 0
-    for box in boxes:
-        elements = 1
-        for low, high in box:
-            elements *= high - low
-        total += elements
-    return total
-
-
-def _words(box: Box) -> str:
-    return " x ".join(f"{low}..{high}" for low, high in box)
+        raise ValueError(f"refit: {words(free[0])} of {item['name']} is placed by no segment.")

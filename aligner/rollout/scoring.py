@@ -1,8 +1,8 @@
 """Sampling and scoring side by side: rewards are asked for while other responses are still being decoded."""
 
-from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +11,18 @@ from aligner.data.batch import Rollout
 from aligner.data.prompts import Prompt
 from aligner.rollout.sampling import Response, Sampler, Sampling, pack_responses
 from aligner.rollout.transcript import Texts, Transcript
+from aligner.run import distributed
+from aligner.run.distributed import gather
 
 RESPONSES_AT_ONCE = 8  # in one request for rewards, at least: a reward model works in batches
+
+
+class Reward(Protocol):
+    """Who rates responses: serving.reward.RewardFunction, or a reward model."""
+
+    def submit(self, prompts: list[str], responses: list[str], metadata: list[dict]) -> Future:
+        """The future list of their rewards."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +30,7 @@ class Scored:
     """A rollout and its rewards to come.
 
     texts: (prompts, responses, metadata), one entry a sequence.
-    requests: (sequence indices, future list of their rewards).
+    requests: (sequence indices, future list of their rewards), of those that this rank sampled.
     """
 
     rollout: Rollout
@@ -28,45 +38,59 @@ class Scored:
     requests: list[tuple[list[int], Future]]
 
     def rewards(self) -> Tensor:
-        """Waits for all of them: (B,) float32, reward units. Raises what a request raised."""
+        """Waits for those of all ranks: (B,) float32, reward units. Raises what a request raised."""
         rewards_B = torch.empty(len(self.rollout.finished_B))
-        for sequences, request in self.requests:
-            rewards_B[sequences] = torch.tensor(request.result(), dtype=torch.float32)
+        for answers in gather(lambda: [(sequences, request.result()) for sequences, request in self.requests]):
+            for sequences, rewards in answers:
+                rewards_B[sequences] = torch.tensor(rewards, dtype=torch.float32)
         return rewards_B
 
 
 def sample_and_score(
-    sampler: Sampler,
+    sampler: Sampler | None,
     prompts: list[Prompt],
     sampling: Sampling,
     n: int,
     transcript: Transcript,
-    submit: Callable[[list[str], list[str], list[dict]], Future],
+    reward: Reward | None,
 ) -> Scored:
-    """n responses to each prompt; `submit` gets the texts of a prompt's samples once all of them have finished.
+    """n responses to each prompt; `reward` gets the texts of a prompt's samples once all of them have finished.
 
-    A request holds whole prompts and at least RESPONSES_AT_ONCE responses, except for the last.
+    A request holds whole prompts and at least RESPONSES_AT_ONCE responses, except for the last. All ranks call it and
+    get all responses: those that have a sampler, one a replica, share the prompts.
     """
-    ids = [list(p.tokens) for p in prompts]
-    responses: list[Response] = []
-    unfinished = [n] * len(prompts)
-    texts: list[tuple[str, str, dict] | None] = [None] * (n * len(prompts))
-    ready: list[int] = []
+    here = distributed.place()
+    mine = [] if sampler is None else list(range(here.data, len(prompts), here.replicas))
     requests: list[tuple[list[int], Future]] = []
-    for response in sampler.stream(ids, sampling, n):
-        responses.append(response)
-        i = response.prompt
+
+    def sample() -> list[tuple[Response, str]]:
+        return _sample(sampler, mine, prompts, sampling, n, transcript, reward, requests) if mine else []
+
+    sampled = [pair for pairs in gather(sample) for pair in pairs]
+    texts: list = [None] * (n * len(prompts))
+    for response, text in sampled:
+        prompt = prompts[response.prompt]
+        texts[n * response.prompt + response.sample] = (prompt.text, text, prompt.metadata)
+    version = max(gather(lambda: -1 if sampler is None else sampler.weights_version))
+    rollout = pack_responses([list(p.tokens) for p in prompts], [response for response, _ in sampled], version)
+    return Scored(rollout=rollout, texts=_columns(texts), requests=requests)
+
+
+def _sample(sampler, mine, prompts, sampling, n, transcript, reward, requests) -> list[tuple[Response, str]]:
+    """(response, its text) to the prompts of the indices `mine`; appends to `requests`."""
+    sampled: list[tuple[Response, str]] = []
+    unfinished = dict.fromkeys(mine, n)
+    texts: dict[int, tuple[str, str, dict]] = {}
+    for response in sampler.stream([list(prompts[i].tokens) for i in mine], sampling, n):
+        i = mine[response.prompt]
         text = transcript.decode(response.tokens)
+        sampled.append((replace(response, prompt=i), text))
         texts[n * i + response.sample] = (prompts[i].text, text, prompts[i].metadata)
         unfinished[i] -= 1
-        if unfinished[i]:
-            continue
-        ready += range(n * i, n * (i + 1))
-        if len(ready) >= RESPONSES_AT_ONCE or len(responses) == len(texts):
-            requests.append((ready, submit(*_columns([texts[b] for b in ready]))))
-            ready = []
-    rollout = pack_responses(ids, responses, sampler.weights_version)
-    return Scored(rollout=rollout, texts=_columns(texts), requests=requests)
+        ready = [b for b in texts if not unfinished[b // n]]
+        if ready and (len(ready) >= RESPONSES_AT_ONCE or not any(unfinished.values())):
+            requests.append((ready, reward.submit(*_columns([texts.pop(b) for b in ready]))))
+    return sampled
 
 
 def _columns(rows: list[tuple[str, str, dict]]) -> Texts:

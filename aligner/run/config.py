@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import io
 import itertools
+import os
 import re
 import sys
 import types
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch.distributed as dist
 import tyro
 import yaml
 
@@ -69,7 +71,8 @@ def user_errors(main: Callable[[], int]) -> NoReturn:
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, ValueError) and not _raised_here(error):
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

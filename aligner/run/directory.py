@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from aligner.run.atomic import atomic_write
+from aligner.run.distributed import gather, is_main
 
 CONFIG, METRICS, SAMPLES, TENSORBOARD = "config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard"
 
@@ -24,6 +25,8 @@ class RunDirectory:
     def create(path: Path | None, program: str, config_yaml: str, resume: bool, needed_bytes: int) -> "RunDirectory":
         """Make or reopen the folder, after checking now what would otherwise fail after hours.
 
+        All ranks call it; the first one does it, and later writes what any of them logs.
+
         path: the folder; None for runs/<program>-<time>.
         program: its name in that default.
         config_yaml: the resolved config, saved as config.yaml.
@@ -31,25 +34,9 @@ class RunDirectory:
         needed_bytes: bytes of free disk that the whole run will want.
         Raises ValueError: not creatable or writable, too little space, holds a run (or none, with resume).
         """
-        if resume and path is None:
-            raise ValueError("--resume needs the folder of the run to go on with; add --output FOLDER.")
-        path = Path(path) if path is not None else Path("runs") / f"{program}-{time.strftime('%Y%m%d-%H%M%S')}"
-        holds_run = any((path / name).exists() for name in (CONFIG, METRICS))
-        if holds_run and not resume:
-            raise ValueError(
-                f"{str(path)!r} already holds a run; add --resume to go on with it or choose another --output."
-            )
-        if resume and not holds_run:
-            raise ValueError(f"{str(path)!r} holds no run to resume; check --output or leave --resume out.")
-        _check_writable(path)
-        free = shutil.disk_usage(path).free
-        if free < needed_bytes:
-            raise ValueError(
-                f"{str(path)!r} is on a disk with {free / 1e9:.1f} GB free, the run needs {needed_bytes / 1e9:.1f} GB; "
-                "free some space or choose another --output."
-            )
-        atomic_write(path / CONFIG, config_yaml)
-        return RunDirectory(path)
+        return RunDirectory(
+            gather(lambda: _create(path, program, config_yaml, resume, needed_bytes) if is_main() else None)[0]
+        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and the same scalars to TensorBoard.
@@ -64,6 +51,8 @@ class RunDirectory:
                     f"metric {name!r} is {value} at step {step}, expected a finite number; "
                     "resume from the last checkpoint with a lower learning rate."
                 )
+        if not is_main():
+            return
         self._append(METRICS, [{"step": step, **numbers}])
         writer = self._writer()
         for name, value in numbers.items():
@@ -72,14 +61,15 @@ class RunDirectory:
 
     def samples(self, rows: list[dict]) -> None:
         """Append rows to samples.jsonl, each with step, split ("train" or "eval"), prompt, response and reward."""
-        self._append(SAMPLES, rows)
+        if is_main():
+            self._append(SAMPLES, rows)
 
     def truncate(self, step: int) -> None:
         """Forget everything logged after `step`, and a last line that a crash cut short: call it on resume."""
         self._close_files()
         self._purge_step = step + 1
         for name in (METRICS, SAMPLES):
-            if (self.path / name).exists():
+            if is_main() and (self.path / name).exists():
                 rows = [row for row in read_jsonl(self.path / name) if row["step"] <= step]
                 atomic_write(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -122,6 +112,28 @@ def read_jsonl(path: Path) -> list[dict]:
             if number < len(lines):
                 raise ValueError(f"{path}:{number} is not valid JSON; remove that line.") from None
     return rows
+
+
+def _create(path: Path | None, program: str, config_yaml: str, resume: bool, needed_bytes: int) -> Path:
+    if resume and path is None:
+        raise ValueError("--resume needs the folder of the run to go on with; add --output FOLDER.")
+    path = Path(path) if path is not None else Path("runs") / f"{program}-{time.strftime('%Y%m%d-%H%M%S')}"
+    holds_run = any((path / name).exists() for name in (CONFIG, METRICS))
+    if holds_run and not resume:
+        raise ValueError(
+            f"{str(path)!r} already holds a run; add --resume to go on with it or choose another --output."
+        )
+    if resume and not holds_run:
+        raise ValueError(f"{str(path)!r} holds no run to resume; check --output or leave --resume out.")
+    _check_writable(path)
+    free = shutil.disk_usage(path).free
+    if free < needed_bytes:
+        raise ValueError(
+            f"{str(path)!r} is on a disk with {free / 1e9:.1f} GB free, the run needs {needed_bytes / 1e9:.1f} GB; "
+            "free some space or choose another --output."
+        )
+    atomic_write(path / CONFIG, config_yaml)
+    return path
 
 
 def _check_writable(path: Path) -> None:

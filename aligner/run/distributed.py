@@ -1,29 +1,149 @@
-"""Process groups: torch.distributed and Megatron-core's model-parallel state."""
+"""Process groups: torch.distributed and Megatron-core's tensor, context, data and pipeline groups."""
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
+Value = TypeVar("Value")
 
-def initialize(threads: int) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    tensor: int = 1
+    """Ranks that share each layer's matrices."""
+    pipeline: int = 1
+    """Stages that the layers are dealt to."""
+    virtual_pipeline: int = 1
+    """Chunks of layers on each stage; more than 1 interleaves them."""
+    context: int = 1
+    """Ranks that share the tokens of a micro-batch."""
+    sequence: bool = False
+    """Norms and residuals are split by token over the tensor ranks."""
+    distributed_optimizer: bool = False
+    """Each data-parallel rank keeps its share of the optimizer's state."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: none, those of the attention's core, or every layer's."""
+
+    def __post_init__(self):
+        if min(self.tensor, self.pipeline, self.virtual_pipeline, self.context) < 1:
+            raise ValueError("parallel.tensor, pipeline, virtual-pipeline and context must be 1 or more.")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence splits tokens over tensor ranks; give --parallel.tensor 2 or more.")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError("parallel.virtual-pipeline needs --parallel.pipeline 2 or more.")
+
+    def replica(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    def data(self, world: int) -> int:
+        """Data-parallel size among `world` processes. Raises ValueError when they do not make whole replicas."""
+        if world % self.replica():
+            raise ValueError(
+                f"{world} processes cannot hold copies of {self.tensor} tensor x {self.context} context x "
+                f"{self.pipeline} pipeline = {self.replica()} ranks; start a multiple of {self.replica()} "
+                "(torchrun --nproc-per-node) or change --parallel.*."
+            )
+        return world // self.replica()
+
+
+def world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(threads: int, parallel: ParallelConfig | None = None) -> None:
     """Set the thread count and join the process groups: torchrun's when started by it, else a group of one.
 
     threads: CPU threads of this process for torch and the compiled operators; 0 leaves torch's choice.
+    parallel: the layout; None is data parallel only.
+    Raises ValueError when the processes do not fit the layout.
     """
+    from megatron.core import parallel_state
+
+    parallel = parallel or ParallelConfig()
     if threads:
         torch.set_num_threads(threads)
     if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        parallel.data(world_size())
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            backend = "nccl"
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if dist.get_world_size() != 1:
-        raise ValueError(
-            f"started with {dist.get_world_size()} processes, but this version trains in one; leave torchrun out."
+    parallel.data(dist.get_world_size())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process stands: its rank of each kind, and the number of data-parallel replicas."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    replicas: int
+
+    @property
+    def leads(self) -> bool:
+        """One rank of each replica."""
+        return self.tensor == self.pipeline == self.context == 0
+
+
+def place() -> Place:
+    """Of this process, once initialize() was called."""
     from megatron.core import parallel_state
 
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+    return Place(
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+        context=parallel_state.get_context_parallel_rank(),
+        data=parallel_state.get_data_parallel_rank(),
+        replicas=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes what a run writes once. Known before initialize() too."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def gather(compute: Callable[[], Value]) -> list[Value]:
+    """What every rank computes, by rank, on all of them; called by all of them.
+
+    When it raises on one rank all raise: a mistake of the user as what it is, anything else as RuntimeError.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [compute()]
+    value = error = None
+    try:
+        value = compute()
+    except Exception as raised:  # the other ranks would wait for this one for ever
+        error = raised
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (value, error and (_kind(error), str(error))))
+    if error:
+        raise error
+    for rank, (_, failed) in enumerate(everyone):
+        if failed:
+            kind, words = failed
+            raise kind(f"rank {rank}: {words}")
+    return [value for value, _ in everyone]
+
+
+def _kind(error: Exception) -> type[Exception]:
+    return next((kind for kind in (ValueError, FloatingPointError, OSError) if isinstance(error, kind)), RuntimeError)

@@ -1,10 +1,12 @@
 """The options every program shares, and the loop around a step: progress, metrics, checkpoints, Ctrl-C."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from aligner.run.directory import RunDirectory
+from aligner.run.distributed import ParallelConfig, gather
 from aligner.run.interrupt import Interrupt
 from aligner.run.progress import Progress
 
@@ -32,7 +34,12 @@ class ProgramConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
     threads: int = 0
-    """CPU threads; 0 takes torch's choice, one a core."""
+    """CPU threads of each process; 0 takes torch's choice, one a core."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trained weights; with bfloat16 the optimizer keeps float32 masters."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    dry_run: bool = False
+    """Print which rank would hold what, and end."""
 
     def __post_init__(self):
         if min(self.steps, 1 + self.eval_prompts, 1 + self.save_every, 1 + self.threads) < 1:
@@ -55,12 +62,17 @@ def repeat(
     """
     saved = start
     with Interrupt() as interrupt, Progress(config.steps, start) as progress:
+
+        def stopping() -> bool:  # the signal reaches the ranks at different steps, and they must leave after the same
+            return any(gather(lambda: interrupt.requested))
+
         if start == 0:
             metrics, rows = evaluate(0)
             directory.log(0, metrics)
             directory.samples(rows)
+        stop = stopping()
         for number in range(start + 1, config.steps + 1):
-            if interrupt.requested:
+            if stop:
                 break
             metrics, rows = step(number)
             if number == config.steps:
@@ -69,8 +81,9 @@ def repeat(
             directory.log(number, metrics)
             directory.samples(rows)
             progress.step(number, metrics)
-            if interrupt.requested or number == config.steps or (config.save_every and number % config.save_every == 0):
+            stop = stopping()
+            if stop or number == config.steps or (config.save_every and number % config.save_every == 0):
                 save(saved := number)
-        if interrupt.requested and saved == 0:  # Ctrl-C during the first evaluation
+        if stop and saved == 0:  # Ctrl-C during the first evaluation
             save(0)
-    return INTERRUPTED if interrupt.requested else 0
+    return INTERRUPTED if stop else 0

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from aligner.checkpoint import huggingface
 from aligner.checkpoint.huggingface import Weights
 from aligner.losses.policy import clipped_policy_loss
-from aligner.models.shape import ModelShape
+from aligner.models.shape import COUNTS, ModelShape
 from aligner.refit.plan import compile_plan
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from tests.conftest import save_model
-from tests.models.test_policy import CLIP, make_policy, policy_batch, random_rollout
+from tests.models.test_policy import CLIP, logits, make_policy, policy_batch, random_rollout
 
 VOCAB, CONTEXT = 311, 128
 LLAMA3 = {
@@ -56,10 +56,9 @@ def random_prompts(lengths: list[int]) -> list[list[int]]:
 
 def test_trainer_logits_equal_transformers(folder: Path):
     policy, reference = make_policy(folder, rank=0), AutoModelForCausalLM.from_pretrained(folder).eval()
-    model, ids = policy.network.model, torch.tensor(random_prompts([CONTEXT]))
-    weight_VH = model.shared_embedding_or_output_weight() if policy.shape.tied else model.output_layer.weight
+    [ids] = random_prompts([CONTEXT])
     with torch.no_grad():
-        assert (model(ids)[:, 0] @ weight_VH.T - reference(ids).logits[0]).abs().max() <= 1e-4
+        assert (logits(policy.network, ids) - reference(torch.tensor([ids])).logits[0]).abs().max() <= 1e-4
 
 
 @torch.no_grad()
@@ -143,6 +142,30 @@ def test_other_networks_are_refused_by_the_field_that_differs(tmp_path, family: 
     with pytest.raises(ValueError, match="is not supported|has no") as error:
         ModelShape.from_folder(tmp_path)
     assert field in str(error.value) and str(error.value).count(". ") == 0
+
+
+@pytest.mark.parametrize("field", [*COUNTS, "rms_norm_eps"])
+def test_a_field_that_is_absent_or_no_number_is_named(tmp_path, field: str):
+    path, whole = tmp_path / "config.json", config("llama")
+    for changed, message in (
+        ({n: v for n, v in whole.items() if n != field}, f"config.json: {field} is missing; copy the config.json"),
+        (whole | {field: None}, f"config.json: {field} is None, expected a .*number above 0"),
+        (whole | {field: "64"}, f"config.json: {field} is '64', expected"),
+        (whole | {field: -1}, f"config.json: {field} is -1, expected"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            ModelShape.from_folder(tmp_path)
+
+
+def test_a_config_that_is_not_json_is_named(tmp_path):
+    for text, message in (('{"model_type": ', "not valid JSON"), ("[1]", "got a list at the top, expected an object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f"config.json: {message}"):
+            ModelShape.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config("qwen3") | {"head_dim": "64"}))
+    with pytest.raises(ValueError, match="head_dim is '64', expected a whole number"):
+        ModelShape.from_folder(tmp_path)
 
 
 def config(family: str) -> dict:

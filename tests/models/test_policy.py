@@ -10,15 +10,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import PolicyBatch, Rollout, pack_rollout
 from aligner.losses.policy import clipped_policy_loss, token_weights
+from aligner.models.attention import Segments
 from aligner.models.critic import Critic, CriticConfig
 from aligner.models.lora import LoRAConfig
+from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig
 from aligner.models.policy import Policy
 from aligner.models.shape import ModelShape
 from tests.conftest import save_llama
 
 PROMPTS = (
-    "Paris",
+    "Paris is",
     "The film opens with a long shot of",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
     "I watched this movie twice, and I have to say that the second time I liked it far more than the first, because",
@@ -49,6 +51,16 @@ def make_policy(folder: Path, *, rank: int = 4, tokens_per_micro_batch: int = 40
     )
 
 
+def logits(network: Network, ids: list[int]) -> torch.Tensor:
+    """(T, V) logits of one sequence; on one rank."""
+    sequence = pack_rollout([ids[:1]], [ids[1:]], [[0.0] * (len(ids) - 1)], [True], 0)
+    layout = Layout.of(sequence)
+    hidden = network.last(layout, Segments.of(layout.segments, len(ids), None))
+    tied = network.shape.tied
+    weight_VH = network.last.shared_embedding_or_output_weight() if tied else network.last.output_layer.weight
+    return hidden[:, 0] @ weight_VH.T
+
+
 @pytest.mark.slow
 def test_smollm2_logits_equal_transformers(smollm2: Path):
     shape = ModelShape.from_folder(smollm2)
@@ -64,9 +76,9 @@ def test_smollm2_logits_equal_transformers(smollm2: Path):
     assert shape.num_layers == 30
     with torch.no_grad():
         for prompt in PROMPTS:
-            ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-            want = reference(ids).logits[0]
-            got = network.model(ids)[:, 0] @ network.model.shared_embedding_or_output_weight().T
+            ids = tokenizer(prompt)["input_ids"]
+            want = reference(torch.tensor([ids])).logits[0]
+            got = logits(network, ids)
             assert (got - want).abs().max() <= 1e-3
             assert (got.argmax(-1) == want.argmax(-1)).all()
 
@@ -103,7 +115,7 @@ def policy_batch(rollout: Rollout, seed: int = 3) -> PolicyBatch:
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    return {n: p.main_grad.clone() for n, p in policy.network.model.named_parameters() if p.requires_grad}
+    return {n: p.main_grad.clone() for n, p in policy.network.parameters.items() if p.requires_grad}
 
 
 def with_denominator(num_tokens: float, logprobs_N, entropy_N, micro):
@@ -117,15 +129,15 @@ def test_gradient_does_not_depend_on_the_micro_batch(tmp_path, average: str):
     found = {}
     for size, budget in ((1, 1), (3, 3 * 13), (7, 10_000)):  # 13 tokens are the longest sequence
         policy = make_policy(folder, tokens_per_micro_batch=budget, rank=4)
-        groups = policy.network.micro_batches(rollout.cu_seqlens)
-        assert max(map(len, groups)) >= size and (size != 1 or len(groups) == 7)
         batch = policy_batch(rollout)
+        groups = policy.network._micro_batches(batch)
+        assert max(map(len, groups)) >= size and (size != 1 or len(groups) == 7)
         weights_N = token_weights(rollout.action_mask_N, rollout.cu_seqlens, average)
         batch = PolicyBatch(**{**vars(batch), "weights_N": weights_N})
         n = float(weights_N.sum())
         policy.network.scheduler.step(0)
         stats = policy.update(batch, partial(with_denominator, n))
-        found[size] = gradients(policy) | {"loss": stats["loss"]}
+        found[size] = gradients(policy) | {"loss": torch.tensor(stats["loss"])}
     for size in (3, 7):
         for name, want in found[1].items():
             scale = want.abs().max().clamp(min=1e-8)
@@ -162,21 +174,21 @@ def test_value_never_sees_its_own_token(tmp_path):
     )
     rollout = random_rollout(311, [(3, 5)])
     assert torch.equal(critic.infer(rollout), torch.zeros(8))  # the head starts at zero
-    torch.nn.init.normal_(critic.network.model.value_head.weight)
+    torch.nn.init.normal_(critic.network.last.value_head.weight)
     values_N = critic.infer(rollout)
     changed = Rollout(**{**vars(rollout), "tokens_N": rollout.tokens_N.clone()})
     changed.tokens_N[5] = 7
     again = critic.infer(changed)
     assert torch.equal(again[:6], values_N[:6])
     assert (again[6:] - values_N[6:]).abs().min() > 1e-6
-    assert len(critic.network.model.decoder.layers) == 2
+    assert len(critic.network.last.decoder.layers) == 2
 
 
 def test_non_finite_loss_stops_before_the_update(tmp_path):
     folder = save_llama(tmp_path / "m", None, vocab_size=311)
     policy = make_policy(folder)
     batch = policy_batch(random_rollout(311, [(2, 3)]))
-    before = {n: p.clone() for n, p in policy.network.model.named_parameters()}
+    before = {n: p.clone() for n, p in policy.network.parameters.items()}
     with pytest.raises(FloatingPointError, match="not applied"):
         policy.update(batch, lambda lp, h, micro: (lp.sum() * torch.inf, {}))
-    assert all(torch.equal(p, before[n]) for n, p in policy.network.model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in policy.network.parameters.items())

@@ -8,14 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
 from aligner import generate, ppo
+from aligner.checkpoint import training
+from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import response_tokens
+from aligner.models.critic import Critic, CriticConfig
+from aligner.models.lora import LoRAConfig
+from aligner.models.network import OptimizerConfig
+from aligner.models.shape import ModelShape
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from tests.conftest import save_llama
-from tests.models.test_policy import make_policy, random_rollout
+from tests.models.test_policy import logits, make_policy, random_rollout
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +83,11 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(NOT_REPRODUCIBLE)} for row in rows]
 
 
+def checkpoint_tensors(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    dcp_to_torch_save(folder, scratch)
+    return flatten(torch.load(scratch, weights_only=False)) | flatten(training.read_plain(folder), "plain")
+
+
 def flatten(state, at="") -> dict[str, torch.Tensor]:
     if isinstance(state, dict):
         return {k: v for key, value in state.items() for k, v in flatten(value, f"{at}.{key}").items()}
@@ -131,7 +143,7 @@ def test_run_folder_holds_everything(straight: Path):
         assert row["reward"] == pytest.approx(letters)
     assert "steps: 6" in (straight / "config.yaml").read_text()
     assert list((straight / "tensorboard").iterdir())
-    assert (straight / "checkpoints" / "step-6" / "state.pt").is_file()
+    assert (straight / "checkpoints" / "step-6" / "metadata.json").is_file()
     html = (straight / "report.html").read_text()
     assert "http://" not in html.replace("http://www.w3.org", "") and "https://" not in html
 
@@ -148,8 +160,7 @@ def test_interrupted_run_resumes_bit_for_bit(straight: Path, arguments: list[str
     assert second.returncode == 0, second.stderr
     assert metrics(run) == metrics(straight)
     assert (run / "samples.jsonl").read_text() == (straight / "samples.jsonl").read_text()
-    states = [torch.load(r / "checkpoints" / "step-6" / "state.pt", weights_only=True) for r in (run, straight)]
-    a, b = map(flatten, states)
+    a, b = (checkpoint_tensors(r / "checkpoints" / "step-6", tmp_path / "all.pt") for r in (run, straight))
     assert a.keys() == b.keys() and len(a) > 20
     assert all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
     left, right = (load_file(r / "policy" / "model.safetensors") for r in (run, straight))
@@ -173,18 +184,29 @@ def test_seed_changes_the_run(straight: Path, arguments: list[str], tmp_path):
     assert metrics(tmp_path / "r")[1]["reward/mean"] != metrics(straight)[1]["reward/mean"]
 
 
+def make_critic(folder: Path) -> Critic:
+    shape = ModelShape.from_folder(folder)
+    return Critic(
+        CriticConfig(layers=2).shape(shape),
+        Weights(folder, shape.tensors()),
+        lora=LoRAConfig(),
+        optimizer=OptimizerConfig(),
+        tokens_per_micro_batch=64,
+        seed=0,
+    )
+
+
 def test_exported_policy_is_the_trained_policy(straight: Path, tiny_llama: Path):
     policy = make_policy(tiny_llama, rank=4)
     untouched = policy.infer(rollout := random_rollout(49152, [(4, 9), (2, 5)]))[0]
-    state = torch.load(straight / "checkpoints" / "step-6" / "state.pt", weights_only=True)
-    policy.load_state_dict(state["policy"])
+    whole = make_critic(tiny_llama)  # a checkpoint is read with all that it holds
+    template = {"policy": policy.state_dict(loading=True), "critic": whole.state_dict(loading=True)}
+    policy.load_state_dict(training.load(straight / "checkpoints" / "step-6", template)["policy"])
     exported = AutoModelForCausalLM.from_pretrained(straight / "policy").eval()
-    network = policy.network.model
     for prompt, response in response_tokens(rollout):
-        ids = torch.tensor([prompt + response])
         with torch.no_grad():
-            trained = network(ids)[:, 0] @ network.shared_embedding_or_output_weight().T
-            assert (exported(ids).logits[0] - trained).abs().max() <= 1e-4
+            trained = logits(policy.network, prompt + response)
+            assert (exported(torch.tensor([prompt + response])).logits[0] - trained).abs().max() <= 1e-4
     assert (policy.infer(rollout)[0] - untouched).abs().max() > 1e-3
 
 
@@ -267,12 +289,16 @@ def test_used_output_is_kept(straight: Path, arguments: list[str]):
     assert (straight / "metrics.jsonl").read_text() == before
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def test_disk_full_keeps_the_older_checkpoint(arguments: list[str], tmp_path):
     """A file-size limit stands in for a full disk: the second checkpoint does not fit."""
     run = tmp_path / "run"
     common = [*arguments, "--output", str(run), "--steps", "2"]
     assert ppo.main([*common[:-1], "1"]) == 0
-    kept = (run / "checkpoints" / "step-1" / "state.pt").read_bytes()
+    kept = contents(run / "checkpoints" / "step-1")
     limit = (
         "import resource, sys; from aligner import ppo; from aligner.run import config; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000)); "
@@ -283,7 +309,7 @@ def test_disk_full_keeps_the_older_checkpoint(arguments: list[str], tmp_path):
     assert full.returncode == 2, full.stderr
     assert full.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in full.stderr
     assert [f.name for f in (run / "checkpoints").iterdir()] == ["step-1"]
-    assert (run / "checkpoints" / "step-1" / "state.pt").read_bytes() == kept
+    assert contents(run / "checkpoints" / "step-1") == kept
     assert ppo.main([*common, "--resume"]) == 0
 
 

@@ -102,14 +102,14 @@ def setting(tmp_path_factory):
     shuffle_adapters(policy.network, 1)
     old_N, _ = policy.infer(rollout)
     shuffle_adapters(critic.network, 2)
-    torch.nn.init.normal_(critic.network.model.value_head.weight, generator=torch.Generator().manual_seed(3))
+    torch.nn.init.normal_(critic.network.last.value_head.weight, generator=torch.Generator().manual_seed(3))
     values_N = critic.infer(rollout)
     policy_batch, value_batch = ppo.estimate(config, rollout, rewards_B, old_N, reference_N, values_N)
     shuffle_adapters(policy.network, 5)  # move away, so that ratios and value clipping are active
     shuffle_adapters(critic.network, 6)
     oracle = Oracle(folder, policy.network, shape.kv_heads, shape.head_dim)
     critic_oracle = Oracle(folder, critic.network, shape.kv_heads, shape.head_dim)
-    head = critic.network.model.value_head
+    head = critic.network.last.value_head
     critic_oracle.leaves["value_head.weight"] = head.weight.detach().double().clone().requires_grad_()
     critic_oracle.leaves["value_head.bias"] = head.bias.detach().double().clone().requires_grad_()
     return SimpleNamespace(**locals())
@@ -160,7 +160,7 @@ def test_policy_loss_gradient_and_adam_step(setting):
     assert 3 < clipped < n - 3  # every branch is exercised
     wanted = dict(zip(s.oracle.leaves, torch.autograd.grad(loss, list(s.oracle.leaves.values())), strict=True))
 
-    trained = {k: p for k, p in s.policy.network.model.named_parameters() if p.requires_grad}
+    trained = {k: p for k, p in s.policy.network.parameters.items() if p.requires_grad}
     before = {k: p.detach().clone() for k, p in trained.items()}
     stats = ppo.update(SimpleNamespace(config=s.config, policy=s.policy), s.policy_batch)
     assert abs(float(stats["loss"]) - float(loss)) < 1e-6
@@ -198,7 +198,7 @@ def test_value_loss_and_gradient(setting):
 
     (stats,) = LocalCritic(s.critic).train(s.value_batch, [list(range(5))], clipped_loss).result()
     assert abs(float(stats["loss"]) - float(loss)) < 1e-6 * max(1.0, float(loss))
-    trained = {k: p for k, p in s.critic.network.model.named_parameters() if p.requires_grad}
+    trained = {k: p for k, p in s.critic.network.parameters.items() if p.requires_grad}
     assert trained.keys() == wanted.keys()
     for name, parameter in trained.items():
         assert close(parameter.main_grad, wanted[name]), name

@@ -5,13 +5,14 @@ are fewer of them than ranks, the vocabulary cut into ceil(V / ranks) rows with 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aligner.models.weights import Part, entry, join, manifest, megatron_entry
+from aligner.models.weights import Part, entry, join, manifest, megatron_entry, window
 
 PADDING = -7.0  # what stands in rows beyond the vocabulary
 
@@ -62,7 +63,7 @@ def megatron_rank(m: Model, full: dict[str, Tensor], tp: int, pp: int, tr: int, 
         rows = math.ceil(m.vocab / (multiple * tp)) * multiple * tp
         return pad(full[name], (0, 0, 0, rows - m.vocab), value=PADDING).chunk(tp)[tr]
 
-    if pr == 0 or (m.tied and pr == pp - 1):
+    if pr == 0:
         held["embedding.word_embeddings.weight"] = vocabulary("model.embed_tokens.weight")
     for i in range(layers):
         mine, hf = f"decoder.layers.{i}.", f"model.layers.{pr * layers + i}."
@@ -81,9 +82,19 @@ def megatron_rank(m: Model, full: dict[str, Tensor], tp: int, pp: int, tr: int, 
         held[mine + "mlp.linear_fc2.weight"] = full[hf + "mlp.down_proj.weight"].chunk(tp, 1)[tr]
     if pr == pp - 1:
         held["decoder.final_layernorm.weight"] = full["model.norm.weight"]
-        if not m.tied:
-            held["output_layer.weight"] = vocabulary("lm_head.weight")
+        if not m.tied or pp > 1:  # a last stage apart from the first has its own copy of a tied embedding
+            held["output_layer.weight"] = vocabulary("model.embed_tokens.weight" if m.tied else "lm_head.weight")
     return {name: t.contiguous() for name, t in held.items()}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A checkpoint in memory, read as huggingface.Weights is."""
+
+    tensors: dict[str, Tensor]
+
+    def window(self, name: str, start: Sequence[int], size: Sequence[int]) -> Tensor:
+        return window(self.tensors[name], start, size)
 
 
 class Megatron:

@@ -17,6 +17,7 @@ from aligner.refit.plan import compile_plan
 from aligner.refit.shared import SharedSource, SharedWeights
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
+from tests.refit.layouts import Whole
 from tests.refit.publisher import SHAPE, Rank, weights
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,7 +70,7 @@ def generated(sampler: NativeSampler):
 
 def fresh(version: int) -> NativeSampler:
     sampler = NativeSampler(SHAPE)
-    fill(sampler.manifest()["tensors"], sampler.weights, weights(version).__getitem__)
+    fill(sampler.manifest()["tensors"], sampler.weights, Whole(weights(version)))
     return sampler
 
 

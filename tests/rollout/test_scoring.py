@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_rewards_belong_to_their_responses(tiny_llama: Path, n: int):
             live.append(sampler.engine.num_live)
             return worker.submit(score, *columns)
 
-        scored = sample_and_score(sampler, prompts, sampling, n, transcript, submit)
+        scored = sample_and_score(sampler, prompts, sampling, n, transcript, SimpleNamespace(submit=submit))
         rewards_B = scored.rewards()
     assert max(live) > 0 and live[-1] == 0  # the first was asked for while others were decoded
     for group in requests:
@@ -66,7 +67,7 @@ def test_what_a_request_raises_is_raised(tiny_llama: Path):
             Sampling(max_tokens=3),
             2,
             transcript,
-            lambda *columns: worker.submit(score, *columns),
+            SimpleNamespace(submit=lambda *columns: worker.submit(score, *columns)),
         )
     with pytest.raises(ValueError, match="the reward broke"):
         scored.rewards()

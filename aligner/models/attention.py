@@ -1,0 +1,127 @@
+"""Causal attention within each sequence of a packed micro-batch, across context-parallel ranks too."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from aligner.models.microbatch import Segment
+
+WASTE = 1.25  # rows of attention on the CPU, padded to the longest of a group, may be this many times the real ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Segments that run as one batch of n sequences: rows of q, (n * queries,), and of k and v, (n * keys,)."""
+
+    q_rows: Tensor
+    k_rows: Tensor
+    n: int
+    queries: int
+    keys: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Which rows attend to which tokens, ready for the attention kernel; made once a micro-batch, read by all layers.
+
+    groups: batches, one kernel call each.
+    order: (T,) int64, for each row of this rank its row in the groups' results, one after the other; after the last
+        stands a row of zeros, for padding.
+    context_group: ranks that share the micro-batch; None when it is not shared.
+    qkv_format: read by Megatron, which passes this object through as its packed_seq_params.
+    """
+
+    groups: list[Group]
+    order: Tensor
+    context_group: dist.ProcessGroup | None
+    qkv_format: str = "sbhd"
+
+    @staticmethod
+    def of(segments: list[Segment], rows: int, context_group: dist.ProcessGroup | None) -> "Segments":
+        """segments: of models.microbatch.Layout. rows: T, those of padding included."""
+        groups, order, at = [], torch.full((rows,), -1), 0
+        for members in _alike(segments):
+            queries, keys = (max(s[i + 1] - s[i] for s in members) for i in (0, 2))
+            groups.append(
+                Group(
+                    q_rows=torch.cat([_rows(s[0], s[1], queries) for s in members]),
+                    k_rows=torch.cat([_rows(s[2], s[3], keys) for s in members]),
+                    n=len(members),
+                    queries=queries,
+                    keys=keys,
+                )
+            )
+            for q0, q1, _, _ in members:
+                order[q0:q1] = torch.arange(at, at + q1 - q0)
+                at += queries
+        return Segments(groups=groups, order=torch.where(order < 0, at, order), context_group=context_group)
+
+
+def _rows(first: int, last: int, count: int) -> Tensor:
+    """first ... last - 1, then as many others as make it `count`: a causal mask hides those from the real ones."""
+    return torch.arange(first, first + count).clamp_(max=last - 1)
+
+
+def _alike(segments: list[Segment]) -> list[list[Segment]]:
+    """Whole sequences of similar length together; a part of a sequence, whose keys begin before it, stands alone."""
+    groups, rows = [], 0
+    for s in sorted(segments, key=lambda s: (s[0] - s[1], s[0])):
+        length, whole = s[1] - s[0], s[1] - s[0] == s[3] - s[2]
+        head = groups[-1][0] if groups else None
+        longest = head[1] - head[0] if head and head[1] - head[0] == head[3] - head[2] else 0
+        if whole and longest and longest * (len(groups[-1]) + 1) <= WASTE * (rows + length):
+            groups[-1].append(s)
+            rows += length
+        else:
+            groups.append([s])
+            rows = length
+    return groups
+
+
+class PackedAttention(MegatronModule):
+    """softmax(q k^T / sqrt(d) + mask) v, the mask causal within each sequence; Megatron's extension point for it.
+
+    With context parallelism keys and values of all ranks are gathered, which grouped-query attention makes small.
+    Source: Llama Team 2024, arXiv:2407.21783, section 3.3.2.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, **_):
+        super().__init__(config=config)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *, packed_seq_params: Segments, **_
+    ) -> Tensor:
+        """query: (T, 1, heads, d); key, value: (T, 1, key-value heads, d). Returns (T, 1, heads * d)."""
+        q, k, v, s = query[:, 0], key[:, 0], value[:, 0], packed_seq_params
+        if s.context_group is not None:
+            k, v = _gather(torch.cat([k, v], dim=-1), s.context_group).chunk(2, dim=-1)
+        results = [_attend(q, k, v, g) for g in s.groups]
+        zero = q.new_zeros(1, *q.shape[1:])
+        if not results:  # padding only: the other ranks wait for this one in the backward pass of the gathering too
+            zero = zero + 0 * (k.sum() + v.sum())
+        return torch.cat([*results, zero]).index_select(0, s.order).flatten(1)[:, None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, g: Group) -> Tensor:
+    q, k, v = (
+        x.index_select(0, rows).unflatten(0, (g.n, -1)).transpose(1, 2)
+        for x, rows in ((q, g.q_rows), (k, g.k_rows), (v, g.k_rows))
+    )
+    whole = g.queries == g.keys
+    mask = None if whole else causal_lower_right(g.queries, g.keys)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The stream's rows in order, from each rank's two chunks (models.microbatch)."""
+    x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
+    x = x.unflatten(0, (group.size(), 2, -1))
+    return torch.cat([x[:, 0], x[:, 1].flip(0)]).flatten(0, 1)
