@@ -283,9 +283,22 @@ def save(run: Run, directory: RunDirectory, number: int) -> None:
     huggingface.write(directory.path / "policy", run.policy.hugging_face(), like=run.folder)
 
 
+def layout(config: Config) -> str:
+    """Which rank would hold what."""
+    _, shape, critic_shape = shapes(config)
+    plans = [
+        parallel.NetworkPlan(name="policy", shape=shape, lora=config.policy.lora),
+        parallel.NetworkPlan(name="critic", shape=critic_shape, lora=config.critic.lora, value_head=True),
+    ]
+    return parallel.describe(config.parallel, plans, distributed.world_size(), getattr(torch, config.dtype))
+
+
 def main(argv: list[str] | None = None) -> int:
     config = options.parse(Config, argv)
     print(options.to_yaml(config), flush=True)
+    if config.dry_run:
+        print(layout(config))
+        return 0
     run, directory, start = setup(config)
     status = repeat(
         config,
@@ -296,7 +309,8 @@ def main(argv: list[str] | None = None) -> int:
         save=partial(save, run, directory),
     )
     directory.close()
-    print(f"tuned policy: {directory.path / 'policy'}\nreport: {write_report(directory.path)}")
+    if distributed.is_main():
+        print(f"tuned policy: {directory.path / 'policy'}\nreport: {write_report(directory.path)}")
     return status
 
 

@@ -65,7 +65,11 @@ def user_errors(main: Callable[[], int]) -> NoReturn:
     A user's mistake is an OSError, a ValueError raised by this package's own code, or training that diverged
     (FloatingPointError). Any other exception, a ValueError from inside a dependency among them, is a defect and keeps
     its traceback.
+    Of several processes the first one alone writes to standard output, and of those on one machine the first one alone
+    tells what was wrong before they joined, because all find the same.
     """
+    if not distributed.is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:

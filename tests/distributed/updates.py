@@ -23,6 +23,7 @@ from aligner.losses.value import clipped_value_loss
 from aligner.models.critic import Critic
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
+from aligner.models.parallel import NetworkPlan, held
 from aligner.models.policy import Policy
 from aligner.models.reward_model import RewardModel
 from aligner.models.shape import ModelShape
@@ -87,13 +88,17 @@ def batch_and_loss(method: str, seed: int):
     return batch, lambda v, micro: clipped_value_loss(v, micro, n, clip=0.2)
 
 
+def _lora(case: Case) -> LoRAConfig:
+    return LoRAConfig(rank=4 if case.lora else 0, alpha=8.0)
+
+
 def make(case: Case, folder: Path):
     kind = {"reward_model": RewardModel, "ppo_critic": Critic}.get(case.method, Policy)
     shape = ModelShape.from_folder(folder / case.model)
     return kind(
         shape,
         Weights(folder / case.model, shape.tensors()),
-        lora=LoRAConfig(rank=4 if case.lora else 0, alpha=8.0),
+        lora=_lora(case),
         # Where a gradient is close to 0, rounding would decide about the sign of a step that eps does not damp.
         optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.1, clip=0.5, eps=1e-5),
         tokens_per_micro_batch=case.budget,
@@ -169,6 +174,12 @@ def outcome(case: Case, folder: Path) -> dict:
     stats = train(model, case, range(1))
     trained = {n: p for n, p in network.parameters.items() if p.requires_grad}
     result = {"before": before, "stats": stats}
+    plan = NetworkPlan(
+        name="", shape=network.shape, lora=_lora(case), value_head=case.method in ("reward_model", "ppo_critic")
+    )
+    planned = held(plan, case.layout, distributed.place().pipeline)  # what --dry-run says
+    assert planned.weights == sum(p.numel() for p in network.parameters.values())
+    assert planned.trained == sum(p.numel() for p in trained.values())
     if not case.layout.distributed_optimizer:  # where each rank holds a share of the sum only
         result["gradients"] = gathered(network, {n: p.main_grad for n, p in trained.items()})
     stats += train(model, case, range(1, case.steps))
