@@ -46,7 +46,6 @@ def start(case: str, folder: Path) -> list[multiprocessing.Process]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once
     ranks = [context.Process(target=rank_main, args=(r, port, case, folder)) for r in range(3)]
     for process in ranks:
         process.start()
