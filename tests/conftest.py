@@ -1,5 +1,6 @@
 """Small real inputs: a tiny Llama directory with SmolLM2's tokenizer, and SmolLM2 itself."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -12,6 +13,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports triton: its kernels then run on CPU tensors
 
 from aligner.run import distributed
+
+# Tests start their processes with start_method="forkserver": from one process that has imported what takes seconds.
+multiprocessing.set_forkserver_preload(
+    ["torch._dynamo", "aligner.checkpoint.training", "megatron.core.models.gpt", "megatron.core.optimizer"]
+)
 
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 

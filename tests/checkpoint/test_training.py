@@ -1,6 +1,5 @@
 """Checkpoints: exact, whole or not there on every rank, and loadable on another layout."""
 
-import multiprocessing
 import resource
 from pathlib import Path
 
@@ -84,7 +83,6 @@ def test_a_truncated_file_is_an_error_that_names_the_checkpoint(tmp_path):
 
 def test_four_processes(tmp_path):
     training.save(tmp_path / "one", 1, state(1))
-    multiprocessing.set_forkserver_preload([__name__])  # Megatron is imported once, not four times
     mp.start_processes(four_processes, args=(tmp_path,), nprocs=WORLD, start_method="forkserver")
     check(training.load(training.latest(tmp_path / "four"), state(0)), 1, FULL)
 

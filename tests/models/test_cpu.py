@@ -149,7 +149,7 @@ def test_torch_itself_stays_untouched(train):
 
 
 def test_megatron_needs_each_redirection_of_pipeline_parallel(tmp_path):
-    mp.spawn(pipeline_of_two, args=(tmp_path / "rendezvous",), nprocs=2)
+    mp.start_processes(pipeline_of_two, args=(tmp_path / "rendezvous",), nprocs=2, start_method="forkserver")
 
 
 def pipeline_of_two(rank: int, rendezvous) -> None:

@@ -1,6 +1,5 @@
 """Optimizers continue bit for bit from a checkpoint, and Megatron alone still would not."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -94,7 +93,6 @@ def test_one_process_continues_exactly(tmp_path, distributed: bool, dtype: torch
 
 
 def test_two_processes_continue_exactly_and_one_takes_over(tmp_path):
-    multiprocessing.set_forkserver_preload([__name__])
     mp.start_processes(two_processes, args=(tmp_path,), nprocs=2, start_method="forkserver")
     for i, (distributed, dtype) in enumerate(KINDS):
         alone = Model(distributed, dtype, seed=2)

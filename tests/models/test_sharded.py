@@ -1,6 +1,5 @@
 """Parameters saved on one parallel layout are the same whole tensors on another."""
 
-import multiprocessing
 from pathlib import Path
 
 import torch
@@ -54,7 +53,6 @@ def load_and_check(folder: Path, mine: dict, wanted: dict) -> None:
 
 
 def test_tensor_and_pipeline_parallel_and_one_process(tmp_path):
-    multiprocessing.set_forkserver_preload([__name__])
     mp.start_processes(two_processes, args=(tmp_path,), nprocs=2, start_method="forkserver")
     for layout in ("tensor", "pipeline"):
         embedding = {} if layout == "tensor" else tied(0, 1)
