@@ -72,7 +72,9 @@ def user_errors(main: Callable[[], int]) -> NoReturn:
     if not distributed.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
-        sys.exit(main())
+        with distributed.processes():
+            status = main()
+        sys.exit(status)
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, ValueError) and not _raised_here(error):
             raise

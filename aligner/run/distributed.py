@@ -1,14 +1,18 @@
 """Process groups: torch.distributed and Megatron-core's tensor, context, data and pipeline groups."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from aligner.run.watch import Watch
+
 Value = TypeVar("Value")
+_open = ExitStack()  # what initialize() has opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,9 @@ def initialize(threads: int, parallel: ParallelConfig | None = None) -> None:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             backend = "nccl"
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            store, rank, world = next(dist.rendezvous("env://"))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            _open.enter_context(Watch(store, rank, world))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     parallel.data(dist.get_world_size())
@@ -88,6 +94,13 @@ def initialize(threads: int, parallel: ParallelConfig | None = None) -> None:
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             context_parallel_size=parallel.context,
         )
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Around a program: from initialize() to the end of the block its processes watch each other (run.watch)."""
+    with _open:
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,7 @@ models = pytest.fixture(scope="module")(small_models)
 def outcomes(world: int, models: Path, cases: list[Case], folder: Path) -> list:
     """What `cases` give in `world` processes."""
     results = folder / f"{world}.pt"
-    mp.spawn(updates.run, (world, models, cases, results), nprocs=world)
+    mp.start_processes(updates.run, (world, models, cases, results), nprocs=world, start_method="forkserver")
     return torch.load(results, weights_only=True)
 
 
@@ -116,6 +116,17 @@ def check(world: int, work: list[tuple[ParallelConfig, list[Case]]], models: Pat
 def test_every_layout_trains_as_one_process_does(world: int, models: Path, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
     check(world, [(layout, EVERY) for layout in LAYOUTS[world]] + ALSO[world], models, tmp_path)
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_all_ranks_stop_or_skip_together(distributed_optimizer: bool, models: Path, tmp_path, monkeypatch):
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    layout = ParallelConfig(distributed_optimizer=distributed_optimizer)
+    case = Case(method="sft", model="tied", layout=layout, work="non-finite")
+    stop, skip = outcomes(2, models, [case, dataclasses.replace(case, non_finite="skip")], tmp_path)
+    assert "not finite" in stop["stopped"] and skip["skipped"] == 1 and not skip["stopped"]
+    for result in (stop, skip):
+        assert result["unchanged"] and result["after"] == 0
 
 
 @pytest.mark.full

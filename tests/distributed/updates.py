@@ -5,6 +5,7 @@ Run by test_layouts.py in processes of its own: `run(rank, world, folder, cases)
 
 import dataclasses
 import itertools
+import math
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,7 +43,7 @@ VOCAB = 312
 class Case:
     """One method on one model in one layout; `key` names what must not depend on the layout.
 
-    work: "train", "save" or "resume", as the functions below.
+    work: which of the functions below.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Case:
     budget: int = 40
     dtype: torch.dtype = torch.float32
     seed: int = 3
+    non_finite: str = "stop"
     work: str = "train"
 
     @property
@@ -108,7 +110,7 @@ def make(case: Case, folder: Path):
         Weights(folder / case.model, shape.tensors()),
         lora=_lora(case),
         # Where a gradient is close to 0, rounding would decide about the sign of a step that eps does not damp.
-        optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.1, clip=0.5, eps=1e-5),
+        optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.1, clip=0.5, eps=1e-5, non_finite=case.non_finite),
         tokens_per_micro_batch=case.budget,
         seed=case.seed,
         parallel=case.layout,
@@ -213,6 +215,28 @@ def resume(case: Case, folder: Path) -> list[dict[str, float]]:
     return train(model, case, range(3, 6))
 
 
+def non_finite(case: Case, folder: Path) -> dict:
+    """A loss that one data-parallel rank alone finds infinite: all ranks stop, or all leave the update out."""
+    model = make(case, folder)
+    batch, loss = batch_and_loss(case.method, 0)
+
+    def broken(logprobs_N, entropy_N, micro):
+        value, stats = loss(logprobs_N, entropy_N, micro)
+        return value * (math.inf if distributed.place().data == 1 else 1), stats
+
+    before = [p.detach().clone() for p in model.network.parameters.values()]
+    skipped, stopped = None, ""
+    try:
+        skipped = model.update(batch, broken)["skipped"]
+    except FloatingPointError as error:
+        stopped = str(error)
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, model.network.parameters.values(), strict=True))
+    after = model.update(batch, loss)["skipped"]
+    everyone = distributed.gather(lambda: (skipped, stopped, unchanged, after))
+    assert len(set(everyone)) == 1
+    return dict(zip(("skipped", "stopped", "unchanged", "after"), everyone[0], strict=True))
+
+
 def _run(case: Case, folder: Path) -> Path:
     return folder / "runs" / case.key
 
@@ -234,6 +258,9 @@ def _fill_b(network, name: str, adapter) -> None:
     adapter.b.copy_(whole)
 
 
+WORK = {"train": outcome, "save": save, "resume": resume, "non-finite": non_finite}
+
+
 def run(rank: int, world: int, folder: Path, cases: list[Case], results: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
@@ -243,7 +270,7 @@ def run(rank: int, world: int, folder: Path, cases: list[Case], results: Path) -
         rendezvous = f"file://{results}.rendezvous-{number}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
         distributed.initialize(1, layout)
-        found += [{"train": outcome, "save": save, "resume": resume}[case.work](case, folder) for case in members]
+        found += [WORK[case.work](case, folder) for case in members]
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
