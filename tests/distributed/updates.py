@@ -4,6 +4,7 @@ Run by test_layouts.py in processes of its own: `run(rank, world, folder, cases)
 """
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import os
@@ -16,7 +17,7 @@ import torch._dynamo  # imported by custom operators; after init_process_group i
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from aligner.checkpoint import training
+from aligner.checkpoint import huggingface, training
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import PairBatch, PolicyBatch, PreferenceBatch, SupervisedBatch, ValueBatch
 from aligner.losses.policy import clipped_policy_loss
@@ -258,7 +259,27 @@ def _fill_b(network, name: str, adapter) -> None:
     adapter.b.copy_(whole)
 
 
-WORK = {"train": outcome, "save": save, "resume": resume, "non-finite": non_finite}
+def export(case: Case, folder: Path) -> dict:
+    """Log-probabilities, and the files that are written after a step: their contents' digest."""
+    model = make(case, folder)
+    batch, loss = batch_and_loss(case.method, 0)
+    logprobs_N = model.infer(batch)[0]
+    layout = distributed.gather(lambda: str(case.layout))[0]
+    path = folder / "exported" / case.key / hashlib.sha256(layout.encode()).hexdigest()[:8]
+    huggingface.write(path, model.hugging_face(), like=folder / case.model)
+    found = {"logprobs": logprobs_N, "untrained": _digests(path)}
+    model.update(batch, loss)
+    huggingface.write(path, model.hugging_face(), like=folder / case.model)
+    dist.barrier()
+    return found | {"trained": str(path)}
+
+
+def _digests(folder: Path) -> list[str]:
+    dist.barrier()
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())]
+
+
+WORK = {"train": outcome, "export": export, "save": save, "resume": resume, "non-finite": non_finite}
 
 
 def run(rank: int, world: int, folder: Path, cases: list[Case], results: Path) -> None:
