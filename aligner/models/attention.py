@@ -10,8 +10,9 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
-from aligner.models.microbatch import Segment
+from aligner.models.microbatch import Layout, Segment
 
 WASTE = 1.25  # rows of attention on the CPU, padded to the longest of a group, may be this many times the real ones
 
@@ -28,9 +29,46 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Varlen:
+    """All segments for one call of the kernel for sequences of different lengths.
+
+    rows: of q, one segment after the other from the first row on. k_rows: (sum of keys,) rows of k and v, by segment.
+    cu_q, cu_k: (segments + 1,) int32, prefix sums of their queries and keys.
+    """
+
+    rows: int
+    k_rows: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+    @staticmethod
+    def of(segments: list[Segment], device) -> "Varlen":
+        queries, keys = ([s[i + 1] - s[i] for s in segments] for i in (0, 2))
+        prefix = [torch.tensor([0, *counts]).cumsum(0, dtype=torch.int32).to(device) for counts in (queries, keys)]
+        return Varlen(
+            rows=sum(queries),
+            k_rows=torch.cat([torch.arange(s[2], s[3]) for s in segments]).to(device),
+            cu_q=prefix[0],
+            cu_k=prefix[1],
+            max_q=max(queries),
+            max_k=max(keys),
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(T, heads, d); a segment's last query is at its last key."""
+        k, v = k.index_select(0, self.k_rows), v.index_select(0, self.k_rows)
+        options = {"window_size": (-1, 0), "enable_gqa": True}  # each query sees what is up to it
+        out = varlen_attn(q[: self.rows], k, v, self.cu_q, self.cu_k, self.max_q, self.max_k, **options)
+        return F.pad(out, (0, 0, 0, 0, 0, len(q) - self.rows))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Segments:
     """Which rows attend to which tokens, ready for the attention kernel; made once a micro-batch, read by all layers.
 
+    varlen: where there is that kernel: on GPUs for numbers of 16 bits. Then there are no groups.
     groups: batches, one kernel call each.
     order: (T,) int64, for each row of this rank its row in the groups' results, one after the other; after the last
         stands a row of zeros, for padding.
@@ -41,18 +79,23 @@ class Segments:
     groups: list[Group]
     order: Tensor
     context_group: dist.ProcessGroup | None
+    varlen: Varlen | None = None
     qkv_format: str = "sbhd"
 
     @staticmethod
-    def of(segments: list[Segment], rows: int, context_group: dist.ProcessGroup | None) -> "Segments":
-        """segments: of models.microbatch.Layout. rows: T, those of padding included."""
+    def of(layout: Layout, dtype: torch.dtype = torch.float32) -> "Segments":
+        """dtype: of queries, keys and values."""
+        segments, rows, device = layout.segments, len(layout.tokens_T), layout.tokens_T.device
+        if segments and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+            varlen, none = Varlen.of(segments, device), torch.zeros(0, dtype=torch.int64, device=device)
+            return Segments(groups=[], order=none, context_group=layout.context_group, varlen=varlen)
         groups, order, at = [], torch.full((rows,), -1), 0
         for members in _alike(segments):
             queries, keys = (max(s[i + 1] - s[i] for s in members) for i in (0, 2))
             groups.append(
                 Group(
-                    q_rows=torch.cat([_rows(s[0], s[1], queries) for s in members]),
-                    k_rows=torch.cat([_rows(s[2], s[3], keys) for s in members]),
+                    q_rows=torch.cat([_rows(s[0], s[1], queries) for s in members]).to(device),
+                    k_rows=torch.cat([_rows(s[2], s[3], keys) for s in members]).to(device),
                     n=len(members),
                     queries=queries,
                     keys=keys,
@@ -61,7 +104,8 @@ class Segments:
             for q0, q1, _, _ in members:
                 order[q0:q1] = torch.arange(at, at + q1 - q0)
                 at += queries
-        return Segments(groups=groups, order=torch.where(order < 0, at, order), context_group=context_group)
+        order = torch.where(order < 0, at, order).to(device)
+        return Segments(groups=groups, order=order, context_group=layout.context_group)
 
 
 def _rows(first: int, last: int, count: int) -> Tensor:
@@ -102,6 +146,8 @@ class PackedAttention(MegatronModule):
         q, k, v, s = query[:, 0], key[:, 0], value[:, 0], packed_seq_params
         if s.context_group is not None:
             k, v = _gather(torch.cat([k, v], dim=-1), s.context_group).chunk(2, dim=-1)
+        if s.varlen is not None:
+            return s.varlen.attend(q, k, v).flatten(1)[:, None]
         results = [_attend(q, k, v, g) for g in s.groups]
         zero = q.new_zeros(1, *q.shape[1:])
         if not results:  # padding only: the other ranks wait for this one in the backward pass of the gathering too

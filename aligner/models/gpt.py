@@ -35,7 +35,7 @@ class HiddenStates(GPTModel):
         hidden = self.embedding(input_ids=layout.tokens_T[None], position_ids=None) if self.pre_process else None
         if self.pre_process and torch.is_grad_enabled() and self.config.recompute_granularity == "full":
             hidden.requires_grad_()  # of a frozen embedding: else nothing in recomputed layers gets a gradient
-        angles = torch.outer(layout.positions_T.float(), self.rotary_pos_emb.inv_freq)
+        angles = torch.outer(layout.positions_T.float(), self.rotary_pos_emb.inv_freq.to(layout.positions_T.device))
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,

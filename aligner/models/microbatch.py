@@ -9,7 +9,7 @@ Source of the chunks' order: Llama Team 2024, arXiv:2407.21783, section 3.3.2.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -77,6 +77,11 @@ class Layout:
             num_packed=num_packed,
             context_group=context_group if ranks > 1 else None,
         )
+
+    def to(self, device) -> "Layout":
+        """The same with its tensors on `device`."""
+        names = ("tokens_T", "positions_T", "action_tokens", "action_index", "row")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def states(self, hidden_TBH: Tensor) -> Tensor:
         """(A, H) hidden states of the action tokens on this rank."""

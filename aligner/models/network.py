@@ -223,7 +223,8 @@ class Network:
                 tensor=self.parallel.tensor if self.parallel.sequence else 1,
                 shift=self.shift,
             )
-            segments = Segments.of(layout.segments, len(layout.tokens_T), layout.context_group)
+            layout = layout.to(self.device)
+            segments = Segments.of(layout, self.dtype)
             micros.append(_MicroBatch(batch=micro, layout=layout, segments=segments))
         return micros
 

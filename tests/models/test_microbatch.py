@@ -1,6 +1,7 @@
 """Dealing sequences to ranks, cutting micro-batches for context parallelism, attention within sequences."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligner.data.batch import SupervisedBatch
-from aligner.models.attention import PackedAttention, Segments
+from aligner.models import attention as attention_module
+from aligner.models.attention import PackedAttention, Segments, Varlen
 from aligner.models.microbatch import Layout, deal
 
 
@@ -36,7 +38,6 @@ def batch_of(lengths: list[int], seed: int = 0) -> SupervisedBatch:
 
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40)
-SHORT = st.lists(st.integers(1, 17), min_size=1, max_size=9)
 
 
 @settings(deadline=None, max_examples=60)
@@ -106,29 +107,57 @@ def test_an_action_without_a_prompt_is_refused():
     Layout.of(batch, shift=0)  # a score is read after the token
 
 
-@settings(deadline=None, max_examples=30)
-@given(
-    st.lists(st.integers(1, 17), min_size=1, max_size=9), st.integers(0, 5), st.sampled_from([(4, 4), (4, 2), (3, 1)])
-)
-def test_packed_attention_equals_masked_softmax(lengths, padding, heads):
-    """Against softmax over all tokens with a dense mask, in float64, with its gradients."""
-    n, (queries, keys), d = sum(lengths), heads, 8
-    g = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(n + padding, 1, h, d, generator=g, requires_grad=True) for h in (queries, keys, keys))
-    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    segments = Segments.of([(a, b, a, b) for a, b in zip(starts, starts[1:], strict=False)], n + padding, None)
-    attention = PackedAttention.__new__(PackedAttention)
-    out = attention.forward(q, k, v, packed_seq_params=segments)
-    weights = torch.randn(out.shape, generator=g)
-    got = [out, *torch.autograd.grad((out * weights).sum(), (q, k, v))]
+def dense(q, k, v, mask):
+    """softmax over all tokens, in float64; q: (n, heads, d), k and v with as many heads or fewer."""
+    q, k, v = (x.double().transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0) for x in (q, k, v))
+    scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(0, 1)
 
+
+def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa):
+    """The kernel's documented meaning: by sequence, the last query at the last key, nothing of what comes after."""
+    assert window_size == (-1, 0) and enable_gqa and q.shape[0] == cu_q[-1] and k.shape[0] == cu_k[-1]
+    parts = []
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        assert b - a <= max_q and d - c <= max_k
+        mask = torch.arange(d - c)[None] <= torch.arange(b - a)[:, None] + (d - c) - (b - a)
+        parts.append(dense(q[a:b], k[c:d], v[c:d], mask).to(q.dtype))
+    return torch.cat(parts)
+
+
+SHORT = st.lists(st.integers(1, 17), min_size=1, max_size=9)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+@settings(deadline=None, max_examples=30)
+@given(SHORT, st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (3, 1)]))
+def test_packed_attention_equals_masked_softmax(kernel, lengths, ranks, heads):
+    """On every context rank, its keys and values as they are once gathered, with gradients."""
+    n, (queries, keys), d = sum(lengths), heads, 8
+    batch, g = batch_of(lengths), torch.Generator().manual_seed(1)
+    layouts = [Layout.of(batch, context_group=Group(ranks, r)) for r in range(ranks)]
+    stream = ranks * len(layouts[0].tokens_T)
+    k, v = (torch.randn(stream, 1, keys, d, generator=g, requires_grad=True) for _ in range(2))
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     mask = (sequence[:, None] == sequence[None]) & (torch.arange(n)[:, None] >= torch.arange(n)[None])
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    qs, ks, vs = (x[:n, 0].transpose(0, 1).repeat_interleave(queries // x.shape[2], 0) for x in exact)
-    scores = (qs @ ks.transpose(1, 2) / d**0.5).masked_fill(~mask, -torch.inf)
-    dense = (scores.softmax(-1) @ vs).transpose(0, 1).reshape(n, 1, -1)
-    dense = torch.cat([dense, dense.new_zeros(padding, *dense.shape[1:])])
-    want = [dense, *torch.autograd.grad((dense * weights).sum(), exact)]
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    attention = PackedAttention.__new__(PackedAttention)
+    for layout in layouts:
+        q = torch.randn(len(layout.tokens_T), 1, queries, d, generator=g, requires_grad=True)
+        rows = [(row, k1 - (q1 - row)) for q0, q1, _, k1 in layout.segments for row in range(q0, q1)]
+        mine, tokens = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).unbind(1)
+        segments = replace(Segments.of(layout), context_group=None)
+        if kernel == "varlen" and rows:
+            segments = replace(segments, groups=[], varlen=Varlen.of(layout.segments, "cpu"))
+        with mock.patch.object(attention_module, "varlen_attn", fake_varlen):
+            out = attention.forward(q, k, v, packed_seq_params=segments)
+        want = torch.zeros(len(q), queries, d, dtype=torch.float64)
+        want = want.index_put((mine,), dense(q[mine, 0], k[:n, 0], v[:n, 0], mask[tokens]))
+        assert out.shape == (len(q), 1, queries * d)
+        torch.testing.assert_close(out[:, 0].double(), want.flatten(1), rtol=1e-5, atol=1e-5)
+        weights = torch.randn(out.shape, generator=g)
+        inputs = (q, k, v)
+        got = torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True)
+        exact = torch.autograd.grad((want.flatten(1) * weights[:, 0]).sum(), inputs, allow_unused=True)
+        for x, a, b in zip(inputs, got, exact, strict=True):
+            a, b = (torch.zeros_like(x) if grad is None else grad for grad in (a, b))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

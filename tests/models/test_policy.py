@@ -55,7 +55,7 @@ def logits(network: Network, ids: list[int]) -> torch.Tensor:
     """(T, V) logits of one sequence; on one rank."""
     sequence = pack_rollout([ids[:1]], [ids[1:]], [[0.0] * (len(ids) - 1)], [True], 0)
     layout = Layout.of(sequence)
-    hidden = network.last(layout, Segments.of(layout.segments, len(ids), None))
+    hidden = network.last(layout, Segments.of(layout))
     tied = network.shape.tied
     weight_VH = network.last.shared_embedding_or_output_weight() if tied else network.last.output_layer.weight
     return hidden[:, 0] @ weight_VH.T
