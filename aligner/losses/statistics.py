@@ -52,13 +52,22 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def update_statistics(policy: list[dict[str, float]], value: list[dict[str, float]]) -> dict[str, float]:
-    """Means over optimizer steps of what the policy's and the critic's updates report."""
+    """Means over optimizer steps of what the policy's and the critic's updates report.
+
+    A step that was skipped (optimizer.non_finite) counts in `skipped` only; where all were, there are no means.
+    """
     names = {"policy_loss": "loss/policy", "grad_norm": "grad_norm/policy", "clip_fraction": "clip_fraction"}
     names |= {"approx_kl": "approx_kl", "ratio": "ratio/mean", "ratio_clamped": "ratio_clamped/mean"}
+    names |= {"padding": "padding/policy"}
     value_names = {"value_loss": "loss/value", "grad_norm": "grad_norm/value"}
     value_names |= {"value_clip_fraction": "value_clip_fraction"}
-    return _means(policy, names) | _means(value, value_names)
+    skipped = {
+        f"skipped/{name}": sum(step["skipped"] for step in steps) / len(steps)
+        for name, steps in (("policy", policy), ("value", value))
+    }
+    return _means(policy, names) | _means(value, value_names) | skipped
 
 
 def _means(steps: list[dict[str, float]], names: dict[str, str]) -> dict[str, float]:
-    return {new: sum(s[old] for s in steps) / len(steps) for old, new in names.items()}
+    applied = [step for step in steps if not step["skipped"]]
+    return {new: sum(step[old] for step in applied) / len(applied) for old, new in names.items()} if applied else {}

@@ -6,7 +6,7 @@ import torch
 from aligner.data.batch import pack_rollout
 from aligner.losses.kl import kl_estimate
 from aligner.losses.policy import token_weights
-from aligner.losses.statistics import explained_variance, rollout_statistics
+from aligner.losses.statistics import explained_variance, rollout_statistics, update_statistics
 
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
@@ -57,3 +57,13 @@ def test_explained_variance():
     assert explained_variance(torch.full((4,), 9.0), returns) == 0
     assert explained_variance(-returns, returns) == pytest.approx(-3)
     assert explained_variance(returns, torch.ones(4)) == 0
+
+
+def test_skipped_updates_are_counted_and_not_averaged():
+    names = ("policy_loss", "grad_norm", "clip_fraction", "approx_kl", "ratio", "ratio_clamped", "padding")
+    applied, skipped = dict.fromkeys(names, 2.0) | {"skipped": 0.0}, dict.fromkeys(names, torch.nan) | {"skipped": 1.0}
+    value = [dict.fromkeys(("value_loss", "grad_norm", "value_clip_fraction"), 3.0) | {"skipped": 0.0}]
+    found = update_statistics([applied, skipped], value)
+    assert found["loss/policy"] == found["padding/policy"] == 2 and found["loss/value"] == 3
+    assert found["skipped/policy"] == 0.5 and found["skipped/value"] == 0
+    assert "loss/policy" not in update_statistics([skipped], value)
