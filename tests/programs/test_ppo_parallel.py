@@ -131,6 +131,15 @@ def test_mistakes_are_told_once_before_anything_is_loaded(processes, options, me
     assert len(errors) == (processes if "--reward.function" in options else 1), done.stderr
 
 
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(model: Path, tmp_path):
+    run = tmp_path / "run"
+    words = arguments(run, model=model, steps=6) + ["--reward.function", "tests.programs.rewards:InterruptInStep3"]
+    done = launch(2, [*words, "--parallel.tensor", "2"])
+    assert "exitcode  : 130" in done.stderr and done.returncode != 0, done.stderr
+    assert [row["step"] for row in metrics(run)] == [0, 1, 2, 3]
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-3"]
+
+
 def test_a_rank_that_dies_stops_the_others_and_leaves_a_checkpoint(model: Path, tmp_path):
     run = tmp_path / "run"
     words = arguments(run, model=model, steps=500, save_every=1) + [
