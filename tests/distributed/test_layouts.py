@@ -36,7 +36,11 @@ ALSO = {  # what the layouts above do not show
         (ParallelConfig(tensor=2, sequence=True, recompute="full"), SOME),
         (ParallelConfig(pipeline=2, recompute="selective"), SOME),
     ],
-    4: [(ParallelConfig(tensor=2, sequence=True, context=2, distributed_optimizer=True), SOME)],
+    4: [
+        (ParallelConfig(tensor=2, sequence=True, context=2, distributed_optimizer=True), SOME),
+        # Every sequence alone: those of three tokens leave a rank with padding only.
+        (ParallelConfig(context=4), [dataclasses.replace(c, budget=1, method="sft") for c in SOME]),
+    ],
 }
 FULL = {  # make test-distributed-full
     2: [ParallelConfig(context=2, recompute="full"), ParallelConfig(pipeline=2, virtual_pipeline=2, recompute="full")],
