@@ -6,4 +6,5 @@ import warnings
 # has an old default.
 for _words in ("Transformer Engine and Apex are not installed", "Apex is not installed", "full scope is deprecated"):
     warnings.filterwarnings("ignore", message=_words)
+warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)  # it calls them
 del _words
