@@ -85,7 +85,7 @@ class _SharedWeights:
 
 
 class _SentWeights:
-    """Every rank of a replica sends its weights, adapters merged, to the leading one, which keeps a copy of them all."""
+    """Every rank of a replica sends its weights, adapters merged, to the leading one, which keeps a copy of them."""
 
     def __init__(self, policy: Source, ranks: Sequence[int]):
         self._policy, self._ranks, self._rank = policy, ranks, dist.get_rank()

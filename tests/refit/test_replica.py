@@ -43,9 +43,10 @@ def worker(rank: int, folder: Path, layout: ParallelConfig, machines: int) -> No
     assert (replica.sampler is None) == (rank == 1 and layout.replica() == 2)
     replica.refit(1)
     check(replica, folder / "model", exact=True)
+    here = distributed.place()
     with torch.no_grad():
         for adapter in policy.network.adapters.values():
-            adapter.b.normal_(std=0.1, generator=torch.Generator().manual_seed(rank * layout.tensor))
+            adapter.b.normal_(std=0.1, generator=torch.Generator().manual_seed(here.tensor + 2 * here.pipeline))
     replica.refit(2)
     huggingface.write(folder / "trained", policy.hugging_face(), like=folder / "model")
     check(replica, folder / "trained", exact=False)
