@@ -61,6 +61,7 @@ def check(replica: Replica, folder: Path, exact: bool) -> None:
             torch.testing.assert_close(tensor, want[name], rtol=0, atol=0 if exact else 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
 @pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"context": 2}, {}])
 def test_sampler_holds_what_the_ranks_hold(layout: dict, machines: int, tmp_path, monkeypatch):
