@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import clip_grads, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -210,8 +210,14 @@ class Network:
                 "update was not applied; lower the learning rate or look at the rewards of this step."
             )
         self.scheduler.step(1)
-        self.optimizer.step()
+        self._clip(stats["grad_norm"])
+        self.optimizer.step_with_ready_grads()
         return stats | {"skipped": 0.0}
+
+    def _clip(self, norm: float) -> None:
+        """As the optimizer's step() does, which would prepare the gradients and ask all ranks for their norm again."""
+        for single in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            clip_grads.clip_grad_by_total_norm_fp32(single.get_parameters(), single.config.clip_grad, norm)
 
     def _prepared(self, batch, groups: list[list[int]]) -> list["_MicroBatch"]:
         micros = []
