@@ -47,6 +47,9 @@ LAYOUTS = {
         "CP2": ParallelConfig(context=2),
         "DP2": ParallelConfig(),
         "DP2 distributed-optimizer": ParallelConfig(distributed_optimizer=True),
+        "TP2 recompute-full": ParallelConfig(tensor=2, recompute="full"),
+        "TP2 SP recompute-full": ParallelConfig(tensor=2, sequence=True, recompute="full"),
+        "CP2 recompute-selective": ParallelConfig(context=2, recompute="selective"),
     },
     4: {
         "TP2 PP2": ParallelConfig(tensor=2, pipeline=2),
@@ -89,7 +92,7 @@ class Result:
 def cases(world: int) -> list[Case]:
     found = []
     for name, parallel in LAYOUTS[world].items():
-        both = itertools.product((True, False), (0, RANK))
+        both = itertools.product((True, False) if parallel.recompute == "none" else (False,), (0, RANK))
         found += [Case(layout=name, parallel=parallel, tied=tied, lora=lora) for tied, lora in both]
         if name in IN_BFLOAT16:
             found.append(Case(layout=name, parallel=parallel, tied=False, lora=0, dtype=torch.bfloat16))

@@ -141,7 +141,8 @@ def all_reduce_calls(work: Work) -> dict[str, tuple[int, int]]:
     """
     hidden, low = 2 * work.layers + work.first, 2 * work.layers
     if not work.forward_only:
-        hidden, low = hidden + inputs(work), 2 * low
+        again = 2 * work.layers if work.parallel.recompute == "full" else 0
+        hidden, low = hidden + inputs(work) + again, 2 * low + again
     return {"all-reduce": (hidden, low if work.lora else 0)}
 
 
@@ -149,7 +150,9 @@ def sequence_parallel_calls(work: Work) -> dict[str, tuple[int, int]]:
     """As all_reduce_calls(): each sum is a reduce-scatter, and what was whole before is gathered."""
     gathers, scatters, low = 2 * work.layers + work.last, 2 * work.layers + work.first, 2 * work.layers
     if not work.forward_only:
-        gathers, scatters, low = gathers + 2 * work.layers, scatters + inputs(work), 2 * low
+        again = 2 * work.layers if work.parallel.recompute == "full" else 0
+        gathers, scatters = gathers + 2 * work.layers + again, scatters + inputs(work) + again
+        low = 2 * low + again
         if not work.lora:  # inputs again, for the weights' gradients, and the gradient of the embedding's output
             gathers += 2 * work.layers + work.first
     low = low if work.lora else 0
@@ -157,8 +160,10 @@ def sequence_parallel_calls(work: Work) -> dict[str, tuple[int, int]]:
 
 
 def inputs(work: Work) -> int:
-    """Column-parallel layers whose input has a gradient: not the first one, where the embedding is frozen."""
-    return 2 * work.layers - (1 if work.lora and work.first else 0)
+    """Column-parallel layers whose input has a gradient: over a frozen embedding not the first, unless layers are
+    recomputed, which makes the embedding's output ask for one.
+    """
+    return 2 * work.layers - (1 if work.lora and work.first and work.parallel.recompute != "full" else 0)
 
 
 def sequence_parallel_gradients(work: Work, counts: Counts) -> None:
@@ -179,6 +184,8 @@ def context(work: Work, micros: list[Micro], counts: Counts) -> None:
         add(counts, Kind("context", "all-gather"), amount)
         if not work.forward_only:
             add(counts, Kind("context", "reduce-scatter"), amount)
+            if work.parallel.recompute != "none":  # "selective" too: they are gathered in the attention's core
+                add(counts, Kind("context", "all-gather"), amount)
         if work.last and m.packed:
             add(counts, Kind("context", "all-reduce"), Amount(2, 2 * 4 * m.packed))
 
