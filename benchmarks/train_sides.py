@@ -82,6 +82,7 @@ def aligner(turn: Turn, case: Case, batches: torch.Tensor, micro_batch: int) -> 
         optimizer=OptimizerConfig(lr=ADAMW["lr"], beta1=b1, beta2=b2, eps=ADAMW["eps"], clip=CLIP),
         tokens_per_micro_batch=micro_batch,
         seed=0,
+        reference=case.method == "dpo-reference",
     )
     for name, adapter in policy.network.adapters.items():
         adapter.a.data.copy_(factor(int(name.split(".")[2]), name.split(".")[-1], adapter.a))
@@ -92,21 +93,21 @@ def aligner(turn: Turn, case: Case, batches: torch.Tensor, micro_batch: int) -> 
         ends = torch.arange(count + 1, dtype=torch.int32) * length
         return {"tokens_N": sequences.flatten(), "cu_seqlens": ends, "action_mask_N": mask.repeat(count)}
 
-    def preferences(parts: dict[str, torch.Tensor]) -> PreferenceBatch:
-        sums_B = segment_sum(policy.infer_reference(PairBatch(**parts)), parts["cu_seqlens"])
-        return PreferenceBatch(**parts, reference_logprobs_B=sums_B)
+    def preferences(parts: dict[str, torch.Tensor], logprobs_N: torch.Tensor) -> PreferenceBatch:
+        return PreferenceBatch(**parts, reference_logprobs_B=segment_sum(logprobs_N, parts["cu_seqlens"]))
 
     steps = [packed(sequences) for sequences in batches]
     if case.method == "sft":
         steps = [SupervisedBatch(**parts) for parts in steps]
     if case.method == "dpo":
-        steps = [preferences(parts) for parts in steps]
+        steps = [preferences(parts, policy.infer(PairBatch(**parts))[0]) for parts in steps]
     for step in steps:
         turn.begin()
         if case.method == "sft":
             loss = partial(supervised_loss, num_tokens=float(step.action_mask_N.sum()))
         else:
-            step = preferences(step) if case.method == "dpo-reference" else step
+            if case.method == "dpo-reference":
+                step = preferences(step, policy.infer_reference(PairBatch(**step)))
             loss = partial(direct_preference_loss, num_pairs=len(batches[0]) / 2, kind="dpo", beta=BETA)
         stats = policy.update(step, lambda logprobs_N, _entropy_N, micro, loss=loss: loss(logprobs_N, micro))
         turn.end(loss=stats["loss"], **({} if case.method == "sft" else {"chosen": -stats["sft_loss"]}))
@@ -163,8 +164,8 @@ def trl(turn: Turn, case: Case, batches: torch.Tensor, _micro_batch: int) -> Non
         rows = {"input_ids": batches.flatten(0, 1).tolist(), "labels": batches.flatten(0, 1).tolist()}
     else:
         chosen, rejected = batches[:, 0::2].flatten(0, 1), batches[:, 1::2].flatten(0, 1)
-        rows = {"prompt_ids": chosen[:, :PROMPT], "chosen_ids": chosen[:, PROMPT:], "rejected_ids": rejected[:, PROMPT:]}
-        rows = {name: ids.tolist() for name, ids in rows.items()}
+        rows = {"prompt_ids": chosen[:, :PROMPT].tolist()}
+        rows |= {"chosen_ids": chosen[:, PROMPT:].tolist(), "rejected_ids": rejected[:, PROMPT:].tolist()}
     only = {"max_length": None}
     only |= {"dataset_kwargs": {"skip_prepare_dataset": True}} if sft else {}
     only |= {} if sft else {"beta": BETA, "precompute_ref_log_probs": case.method == "dpo"}

@@ -4,6 +4,8 @@ The output layer is not run by the model: heads (log-probabilities, values) are 
 that need them.
 """
 
+from dataclasses import replace
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -11,21 +13,15 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from aligner.models.attention import PackedAttention, Segments
+from aligner.models.layers import GatedMLP, RMSNorm
+from aligner.models.linear import ColumnLinear, RowLinear
 from aligner.models.microbatch import Layout
 from aligner.models.shape import ModelShape
 from aligner.run.distributed import ParallelConfig
-
-
-class RMSNorm(nn.RMSNorm):
-    """Megatron's own wrapper of torch.nn.RMSNorm refuses sequence parallelism; this one marks its weight for it."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class HiddenStates(GPTModel):
@@ -33,12 +29,11 @@ class HiddenStates(GPTModel):
 
     def forward(self, layout: Layout, segments: Segments) -> Tensor:
         hidden = self.embedding(input_ids=layout.tokens_T[None], position_ids=None) if self.pre_process else None
-        angles = torch.outer(layout.positions_T.float(), self.rotary_pos_emb.inv_freq)
+        angles = torch.outer(layout.positions_T.float(), self.rotary_pos_emb.inv_freq)[:, None]
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=torch.cat([angles, angles], dim=-1)[:, None, None],
-            packed_seq_params=segments,
+            packed_seq_params=replace(segments, cos=angles.cos(), sin=angles.sin()),  # PackedAttention rotates
         )
         if self.post_process and self.config.sequence_parallel:  # the heads read any row, and agree on its gradient
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
@@ -115,6 +110,9 @@ def _chunk(shape: ModelShape, config: TransformerConfig, stage: int | None, outp
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedAttention
+    attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
+    mlp = layer.submodules.mlp
+    mlp.module, mlp.submodules.linear_fc1, mlp.submodules.linear_fc2 = GatedMLP, ColumnLinear, RowLinear
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     model = HiddenStates(
