@@ -38,8 +38,12 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = d_y.flatten(0, -2)
         d_x = None if weight is None else _product(rows, weight.T).unflatten(0, d_y.shape[:-1])
-        d_weight = None if x is None else _product(rows.T, x.flatten(0, -2).T)
-        return d_x, d_weight
+        return d_x, None if x is None else _outer(rows, x.flatten(0, -2))
+
+
+def _outer(d_y: Tensor, x: Tensor) -> Tensor:
+    """d_y^T x. oneDNN copies a transposed first factor: where x is thin, as before an adapter's B, take that one."""
+    return _product(x.T, d_y.T).T if 8 * x.shape[-1] < d_y.shape[-1] else _product(d_y.T, x.T)
 
 
 class ColumnLinear(ColumnParallelLinear):
