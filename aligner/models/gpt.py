@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aligner.models.attention import PackedAttention, Segments
-from aligner.models.layers import GatedMLP, RMSNorm
+from aligner.models.layers import RMSNorm, SwiGLU
 from aligner.models.linear import ColumnLinear, RowLinear
 from aligner.models.microbatch import Layout
 from aligner.models.shape import ModelShape
@@ -59,6 +59,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # Megatron's name for: the layer spec's activation runs, which is layers.SwiGLU
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
@@ -111,8 +112,8 @@ def _chunk(shape: ModelShape, config: TransformerConfig, stage: int | None, outp
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedAttention
     attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
-    mlp = layer.submodules.mlp
-    mlp.module, mlp.submodules.linear_fc1, mlp.submodules.linear_fc2 = GatedMLP, ColumnLinear, RowLinear
+    mlp = layer.submodules.mlp.submodules
+    mlp.linear_fc1, mlp.activation_func, mlp.linear_fc2 = ColumnLinear, SwiGLU, RowLinear
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     model = HiddenStates(

@@ -1,4 +1,4 @@
-"""Norm and feed-forward of a layer, with backward passes of their own on the CPU.
+"""Norm and activation of a layer, with backward passes of their own on the CPU.
 
 There every elementwise operation is a pass over memory, and what autograd keeps of each is the activations' largest
 part. These keep what cannot be made again in one pass.
@@ -6,7 +6,7 @@ part. These keep what cannot be made again in one pass.
 
 import torch
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,15 +43,15 @@ class _RMSNorm(torch.autograd.Function):
         return d_x.addcmul_(x, mean.mul_(r.pow(3)), value=-1), d_weight, None
 
 
-class GatedMLP(MLP):
-    """Megatron's feed-forward without biases: fc2(silu(gate) * up)."""
+class SwiGLU(MegatronModule):
+    """silu(gate) * up of (..., gate and up), as the submodule that Megatron's MLP has for an activation."""
 
-    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, None]:
-        return self.linear_fc2(_SwiGLU.apply(self.linear_fc1(hidden_states)[0]))
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return _SwiGLU.apply(gate_up)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of (..., gate and up), which is all that is kept."""
+    """Keeps what it is given, and makes silu(gate) again."""
 
     @staticmethod
     def forward(ctx, gate_up: Tensor):
