@@ -73,13 +73,18 @@ class Segments:
     order: (T,) int64, for each row of this rank its row in the groups' results, one after the other; after the last
         stands a row of zeros, for padding.
     context_group: ranks that share the micro-batch; None when it is not shared.
+    in_order: there is one group, and its rows are this rank's, none of them padding.
+    cos, sin: (T, 1, d / 2) float32, of each row's rotary angles, which the model adds.
     qkv_format: read by Megatron, which passes this object through as its packed_seq_params.
     """
 
     groups: list[Group]
     order: Tensor
     context_group: dist.ProcessGroup | None
+    in_order: bool = False
     varlen: Varlen | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
     qkv_format: str = "sbhd"
 
     @staticmethod
@@ -104,8 +109,12 @@ class Segments:
             for q0, q1, _, _ in members:
                 order[q0:q1] = torch.arange(at, at + q1 - q0)
                 at += queries
+        every = torch.arange(rows)
+        in_order = len(groups) == 1 and all(
+            torch.equal(x.cpu(), every) for x in (groups[0].q_rows, groups[0].k_rows, order)
+        )
         order = torch.where(order < 0, at, order).to(device)
-        return Segments(groups=groups, order=order, context_group=layout.context_group)
+        return Segments(groups=groups, order=order, context_group=layout.context_group, in_order=in_order)
 
 
 def _rows(first: int, last: int, count: int) -> Tensor:
@@ -143,23 +152,52 @@ class PackedAttention(MegatronModule):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *, packed_seq_params: Segments, **_
     ) -> Tensor:
         """query: (T, 1, heads, d); key, value: (T, 1, key-value heads, d). Returns (T, 1, heads * d)."""
-        q, k, v, s = query[:, 0], key[:, 0], value[:, 0], packed_seq_params
+        s = packed_seq_params
+        q, k, v = _Rotate.apply(query[:, 0], s.cos, s.sin), _Rotate.apply(key[:, 0], s.cos, s.sin), value[:, 0]
         if s.context_group is not None:
             k, v = _gather(torch.cat([k, v], dim=-1), s.context_group).chunk(2, dim=-1)
         if s.varlen is not None:
             return s.varlen.attend(q, k, v).flatten(1)[:, None]
-        results = [_attend(q, k, v, g) for g in s.groups]
+        if s.in_order:
+            return _attend(q, k, v, s.groups[0]).flatten(1)[:, None]
+        results = [_attend(*_picked(q, k, v, g), g) for g in s.groups]
         zero = q.new_zeros(1, *q.shape[1:])
         if not results:  # padding only: the other ranks wait for this one in the backward pass of the gathering too
             zero = zero + 0 * (k.sum() + v.sum())
         return torch.cat([*results, zero]).index_select(0, s.order).flatten(1)[:, None]
 
 
+class _Rotate(torch.autograd.Function):
+    """Rotary embedding of x, (T, heads, d), in the halves that Hugging Face's weights are in; made once a micro-batch,
+    cos and sin are read by all layers, where Megatron's own function makes them in each."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor):
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, d_y: Tensor):
+        return _rotated(d_y, *ctx.saved_tensors, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """By the angle, or with sign -1 back."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (x1, x2), (y1, y2) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-sign)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=sign)
+    return y
+
+
+def _picked(q: Tensor, k: Tensor, v: Tensor, g: Group) -> tuple[Tensor, Tensor, Tensor]:
+    return q.index_select(0, g.q_rows), k.index_select(0, g.k_rows), v.index_select(0, g.k_rows)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, g: Group) -> Tensor:
-    q, k, v = (
-        x.index_select(0, rows).unflatten(0, (g.n, -1)).transpose(1, 2)
-        for x, rows in ((q, g.q_rows), (k, g.k_rows), (v, g.k_rows))
-    )
+    """The group's rows of q, k and v -> its rows of the result, (rows, heads, d)."""
+    q, k, v = (x.unflatten(0, (g.n, -1)).transpose(1, 2) for x in (q, k, v))
     whole = g.queries == g.keys
     mask = None if whole else causal_lower_right(g.queries, g.keys)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, enable_gqa=True)

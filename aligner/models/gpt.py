@@ -4,6 +4,8 @@ The output layer is not run by the model: heads (log-probabilities, values) are 
 that need them.
 """
 
+from dataclasses import replace
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -11,21 +13,15 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from aligner.models.attention import PackedAttention, Segments
+from aligner.models.layers import RMSNorm, SwiGLU
+from aligner.models.linear import ColumnLinear, RowLinear
 from aligner.models.microbatch import Layout
 from aligner.models.shape import ModelShape
 from aligner.run.distributed import ParallelConfig
-
-
-class RMSNorm(nn.RMSNorm):
-    """Megatron's own wrapper of torch.nn.RMSNorm refuses sequence parallelism; this one marks its weight for it."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class HiddenStates(GPTModel):
@@ -35,12 +31,12 @@ class HiddenStates(GPTModel):
         hidden = self.embedding(input_ids=layout.tokens_T[None], position_ids=None) if self.pre_process else None
         if self.pre_process and torch.is_grad_enabled() and self.config.recompute_granularity == "full":
             hidden.requires_grad_()  # of a frozen embedding: else nothing in recomputed layers gets a gradient
-        angles = torch.outer(layout.positions_T.float(), self.rotary_pos_emb.inv_freq.to(layout.positions_T.device))
+        inverse = self.rotary_pos_emb.inv_freq.to(layout.positions_T.device)
+        angles = torch.outer(layout.positions_T.float(), inverse)[:, None]
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=torch.cat([angles, angles], dim=-1)[:, None, None],
-            packed_seq_params=segments,
+            packed_seq_params=replace(segments, cos=angles.cos(), sin=angles.sin()),  # PackedAttention rotates
         )
         if self.post_process and self.config.sequence_parallel:  # the heads read any row, and agree on its gradient
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
@@ -66,6 +62,7 @@ def transformer_config(shape: ModelShape, parallel: ParallelConfig, dtype: torch
         layernorm_epsilon=shape.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # Megatron's name for: the layer spec's activation runs, which is layers.SwiGLU
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
@@ -117,6 +114,9 @@ def _chunk(shape: ModelShape, config: TransformerConfig, stage: int | None, outp
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedAttention
+    attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
+    mlp = layer.submodules.mlp.submodules
+    mlp.linear_fc1, mlp.activation_func, mlp.linear_fc2 = ColumnLinear, SwiGLU, RowLinear
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     model = HiddenStates(

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
+from aligner.models.linear import linear
 from aligner.models.weights import window
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -91,13 +92,13 @@ class LoRA(nn.Module):
         self.scale = config.alpha / config.rank
         self.enabled = True
 
-    def add(self, _linear: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor | None]):
+    def add(self, _layer: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor | None]):
         """Forward hook of the linear layer, whose output is (y, bias)."""
         if not self.enabled:
             return output
         y, bias = output
-        down = self._across(nn.functional.linear(inputs[0], self.a)).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), down, self.b.T, alpha=self.scale).view_as(y), bias
+        up = linear(self._across(linear(inputs[0], self.a)), self.b)
+        return torch.add(y, up, alpha=self.scale), bias
 
     def _across(self, down: Tensor) -> Tensor:
         """A x of what this rank has of x -> what it needs for its part of B."""
@@ -121,12 +122,12 @@ def attach(linears: dict[str, nn.Module], config: LoRAConfig, *, sequence: bool,
     sequence: the layout is sequence-parallel.
     """
     adapters = {}
-    for name, linear in linears.items():
+    for name, layer in linears.items():
         kind = name.rsplit(".", 1)[-1]
         if kind in config.targets:
             generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
-            linear.lora = adapters[name] = LoRA(
-                linear.weight, config, row_parallel=kind in ROW_PARALLEL, sequence=sequence, generator=generator
+            layer.lora = adapters[name] = LoRA(
+                layer.weight, config, row_parallel=kind in ROW_PARALLEL, sequence=sequence, generator=generator
             )
-            linear.register_forward_hook(linear.lora.add)
+            layer.register_forward_hook(layer.lora.add)
     return adapters

@@ -20,6 +20,7 @@ class Policy:
     """A causal language model that is trained. Arguments as of models.network.Network.
 
     temperature: dimensionless, > 0. The one that its responses are sampled with.
+    reference: whether infer_reference will be asked for; without it no copy of the initial weights is kept.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Policy:
         tokens_per_micro_batch: int,
         seed: int,
         temperature: float = 1.0,
+        reference: bool = True,
         parallel: ParallelConfig | None = None,
         dtype: torch.dtype = torch.float32,
     ):
@@ -47,7 +49,8 @@ class Policy:
         )
         self.shape, self.temperature = shape, temperature
         # Where all weights are trained the reference's wait in host memory.
-        self._initial = {} if lora.rank else {name: p.to("cpu", copy=True) for name, p in self.network.base.items()}
+        self._has_reference, copied = reference or bool(lora.rank), reference and not lora.rank
+        self._initial = {n: p.to("cpu", copy=True) for n, p in self.network.base.items()} if copied else {}
 
     def infer(self, rollout) -> tuple[Tensor, Tensor]:
         """(logprobs_N, entropy_N) of the action tokens, float32, nats; 0 elsewhere."""
@@ -55,6 +58,8 @@ class Policy:
 
     def infer_reference(self, rollout) -> Tensor:
         """logprobs_N of the action tokens under the weights that training started from, float32, nats."""
+        if not self._has_reference:
+            raise ValueError("this policy keeps no reference; make it with reference=True.")
         with self._reference():
             return self.network.run(rollout, self._logprobs, outputs=2)[0]
 
