@@ -145,7 +145,8 @@ def test_packed_attention_equals_masked_softmax(kernel, lengths, ranks, heads):
         q = torch.randn(len(layout.tokens_T), 1, queries, d, generator=g, requires_grad=True)
         rows = [(row, k1 - (q1 - row)) for q0, q1, _, k1 in layout.segments for row in range(q0, q1)]
         mine, tokens = torch.tensor(rows, dtype=torch.int64).reshape(-1, 2).unbind(1)
-        segments = replace(Segments.of(layout), context_group=None)
+        still = {"cos": torch.ones(1, 1, d // 2), "sin": torch.zeros(1, 1, d // 2)}  # nothing is rotated
+        segments = replace(Segments.of(layout), context_group=None, **still)
         if kernel == "varlen" and rows:
             segments = replace(segments, groups=[], varlen=Varlen.of(layout.segments, "cpu"))
         with mock.patch.object(attention_module, "varlen_attn", fake_varlen):

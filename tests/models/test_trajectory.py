@@ -15,14 +15,15 @@ from aligner.models.policy import Policy
 from aligner.models.shape import ModelShape
 from tests.conftest import save_model
 
-LR, DECAY, CLIP, WARMUP, STEPS = 1e-3, 0.1, 0.7, 2, 5
+# Where a gradient is close to 0, rounding would decide about the sign of a step that eps does not damp.
+LR, EPS, DECAY, CLIP, WARMUP, STEPS = 1e-3, 1e-5, 0.1, 0.7, 2, 5
 LENGTHS = [9, 14, 5, 11]
 SIZES = {"vocab_size": 211, "num_hidden_layers": 2}
 
 
 def make(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> Policy:
     shape = ModelShape.from_folder(folder)
-    options = {"lr": LR, "weight_decay": DECAY, "clip": CLIP, "warmup_steps": WARMUP, "eps": 1e-6} | changes
+    options = {"lr": LR, "weight_decay": DECAY, "clip": CLIP, "warmup_steps": WARMUP, "eps": EPS} | changes
     return Policy(
         shape,
         Weights(folder, shape.tensors()),
@@ -54,7 +55,7 @@ def test_training_equals_transformers_and_adamw(tmp_path, family: str):
     matrices = [p for p in reference.parameters() if p.dim() > 1]
     vectors = [p for p in reference.parameters() if p.dim() == 1]  # norms and biases do not decay
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-6)
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=EPS)
     norms = []
     for step in range(STEPS):
         stats = update(policy, step)
