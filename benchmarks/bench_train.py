@@ -1,6 +1,6 @@
 """Tokens per second and peak memory of one training step against TRL on transformers and peft, SmolLM2-135M, float32.
 
-    python benchmarks/bench_train.py [--only "sft full"] [--rival transformers]
+    python benchmarks/bench_train.py [--only "sft full"] [--rival transformers] [--profile]
 
 * sft: 4 sequences of 512 tokens, all but the first learnt;
 * dpo: 4 pairs of 256 tokens each, of which 64 are the prompt; both sides have the reference's log-probabilities;
@@ -26,7 +26,7 @@ import statistics
 
 import torch
 from harness import RESULTS, commit, machine
-from train_sides import HAS_PEFT, HAS_TRL, PROMPT, Case, serve
+from train_sides import HAS_PEFT, HAS_TRL, PROMPT, Case, aligner, serve
 from transformers import AutoTokenizer
 
 from aligner.checkpoint.default_model import default_model
@@ -87,14 +87,38 @@ def compare(case: Case, rival: str, rounds: int, threads: int, micro_batch: int)
     return sides
 
 
+class Profiled:
+    """A turn of nobody else: prints where the seconds of the latest step went."""
+
+    def begin(self) -> None:
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self.profile.start()
+
+    def end(self, **_) -> None:
+        self.profile.stop()
+
+    def print(self) -> None:
+        events = sorted(self.profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        total = sum(e.self_cpu_time_total for e in events)
+        for e in events[:12]:
+            print(f"{100 * e.self_cpu_time_total / total:6.1f} %  {e.key}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=f"Benchmark a training step; rows go to {RESULTS.name}/train.csv.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side")
     parser.add_argument("--micro-batch", type=int, default=1024, help="this library's tokens per forward pass")
     parser.add_argument("--rival", choices=["trl", "transformers"], default="trl" if HAS_TRL else "transformers")
+    parser.add_argument("--profile", action="store_true", help="print where this library's step spends its time")
     parser.add_argument("--only", help='one case, for example "dpo lora"')
     options = parser.parse_args()
+    if options.profile:
+        case, turn = next(c for c in CASES if options.only in (None, c.name)), Profiled()
+        torch.set_num_threads(options.threads)
+        aligner(turn, case, batches(case.method, 2), options.micro_batch)
+        turn.print()
+        return
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the side that waits must not hold a core
     if not HAS_TRL:
         print(f"trl is not installed ({INSTALL}); measuring transformers with torch's AdamW.")
