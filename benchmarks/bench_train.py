@@ -135,7 +135,8 @@ def main() -> None:
             seconds, cpu, peak = side.median("seconds"), side.median("cpu"), side.steps[-1]["peak"]
             shape = "SmolLM2-135M B4 T512" if case.method == "sft" else "SmolLM2-135M B8 T256"
             values = [f"{seconds:.4g}", f"{cpu:.4g}", f"{2048 / seconds:.4g}", peak]
-            rows.append([*where, f"{shape} {case.name}", "float32", name, *values])
+            parts = f" micro-batch {options.micro_batch}" if name == "aligner" else ""
+            rows.append([*where, f"{shape} {case.name}", "float32", name + parts, *values])
             print(f"{case.name} {name}: {seconds:.2f} s, {cpu:.2f} CPU s, {2048 / seconds:.0f} tokens/s, ", end="")
             print(f"{peak / 1e9:.2f} GB", flush=True)
         ours, theirs = sides.values()
