@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ import yaml
 from aligner.run import distributed
 
 Config = TypeVar("Config")
+WAIT_S = 30.0  # for a process that should find the same mistake
 
 
 def parse(cls: type[Config], argv: list[str] | None = None) -> Config:
@@ -66,8 +68,8 @@ def user_errors(main: Callable[[], int]) -> NoReturn:
     A user's mistake is an OSError, a ValueError raised by this package's own code, or training that diverged
     (FloatingPointError). Any other exception, a ValueError from inside a dependency among them, is a defect and keeps
     its traceback.
-    Of several processes the first one alone writes to standard output, and of those on one machine the first one alone
-    tells what was wrong before they joined, because all find the same.
+    Of several processes the first one alone writes to standard output. Before they have joined, all on one machine find
+    the same to be wrong, and the others wait for the first one to tell: torchrun ends them once it has left.
     """
     if not distributed.is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
@@ -78,8 +80,9 @@ def user_errors(main: Callable[[], int]) -> NoReturn:
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, ValueError) and not _raised_here(error):
             raise
-        if distributed.tells_errors():
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if not distributed.tells_errors():
+            time.sleep(WAIT_S)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
