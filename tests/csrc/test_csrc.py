@@ -3,9 +3,12 @@
 import pathlib
 import subprocess
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_csrc_builds_and_passes_under_sanitizers(tmp_path):
     for command in (
         ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DALIGNER_TESTS=ON", "-DALIGNER_SANITIZE=ON"],

@@ -122,6 +122,7 @@ def test_every_layout_trains_as_one_process_does(world: int, models: Path, tmp_p
     check(world, [(layout, EVERY) for layout in LAYOUTS[world]] + ALSO[world], models, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distributed_optimizer", [False, True])
 def test_all_ranks_stop_or_skip_together(distributed_optimizer: bool, models: Path, tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")

@@ -149,6 +149,7 @@ def test_torch_itself_stays_untouched(train):
     assert cpu._Proxy(torch, {}).add is torch.add
 
 
+@pytest.mark.slow
 def test_megatron_needs_each_redirection_of_pipeline_parallel(tmp_path):
     mp.start_processes(pipeline_of_two, args=(tmp_path / "rendezvous",), nprocs=2, start_method="forkserver")
 

@@ -20,6 +20,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_four_ranks_write_what_one_process_writes(tmp_path, monkeypatch):
     for name in DTYPES:
         family, _, tied = name.partition("-")

@@ -92,6 +92,7 @@ def test_one_process_continues_exactly(tmp_path, distributed: bool, dtype: torch
     resume(tmp_path, distributed, dtype)
 
 
+@pytest.mark.slow
 def test_two_processes_continue_exactly_and_one_takes_over(tmp_path):
     mp.start_processes(two_processes, args=(tmp_path,), nprocs=2, start_method="forkserver")
     for i, (distributed, dtype) in enumerate(KINDS):

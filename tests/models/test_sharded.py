@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -52,6 +53,7 @@ def load_and_check(folder: Path, mine: dict, wanted: dict) -> None:
         assert torch.equal(loaded[name], want.detach()), name
 
 
+@pytest.mark.slow
 def test_tensor_and_pipeline_parallel_and_one_process(tmp_path):
     mp.start_processes(two_processes, args=(tmp_path,), nprocs=2, start_method="forkserver")
     for layout in ("tensor", "pipeline"):

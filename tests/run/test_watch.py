@@ -71,6 +71,7 @@ def alarms(folder: Path, rank: int) -> list[str]:
     ("victim", "sign"),
     [(2, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP), (0, signal.SIGSTOP)],
 )
+@pytest.mark.slow
 def test_the_others_name_a_rank_that_died_or_hangs(tmp_path, victim: int, sign: signal.Signals):
     ranks = start("forever", tmp_path)
     os.kill(ranks[victim].pid, sign)
@@ -88,6 +89,7 @@ def test_the_others_name_a_rank_that_died_or_hangs(tmp_path, victim: int, sign: 
         assert "Traceback" not in (tmp_path / f"{rank}.err").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_others_tell_what_a_rank_raised(tmp_path, victim: int):
     ranks = start(f"raise on {victim}", tmp_path)
@@ -101,6 +103,7 @@ def test_the_others_tell_what_a_rank_raised(tmp_path, victim: int):
             assert f"pid {ranks[victim].pid}) stopped: ValueError: the reward is a banana; this rank" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["busy", "late"])
 def test_no_alarm_without_a_reason(tmp_path, case: str):
     for rank, process in enumerate(start(case, tmp_path)):
