@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class Critic:
     Arguments as of models.network.Network.
     """
 
+    shift: ClassVar[int] = 1
+
     def __init__(
         self,
         shape: ModelShape,
@@ -61,6 +64,7 @@ class Critic:
             parallel=parallel,
             dtype=dtype,
             value_head=True,
+            shift=self.shift,
         )
 
     def infer(self, rollout) -> Tensor:
