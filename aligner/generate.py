@@ -1,19 +1,18 @@
 """Sample from a tuned policy: `python -m aligner.generate --checkpoint RUN --prompt "..."`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from aligner.checkpoint.model_folder import model_folder
 from aligner.data.tokenizer import load_tokenizer, render_chat
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from aligner.run import config as options
-from aligner.run.atomic import recover_folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    checkpoint: Path
-    """A run folder, or a Hugging Face model directory."""
+    checkpoint: str
+    """A run folder, a Hugging Face model directory, or the default model's name."""
     prompt: str
     """Text to continue; with --chat, what the user says."""
     chat: bool = False
@@ -34,19 +33,6 @@ class Config:
     """Of the random streams."""
     threads: int = 0
     """CPU threads; 0 takes torch's choice, one a core."""
-
-
-def model_folder(checkpoint: Path) -> Path:
-    """The Hugging Face directory in a run folder, or the folder itself when it is one."""
-    recover_folder(checkpoint / "policy")
-    if (checkpoint / "policy" / "config.json").is_file():
-        return checkpoint / "policy"
-    if (checkpoint / "config.json").is_file():
-        return checkpoint
-    raise ValueError(
-        f"--checkpoint {str(checkpoint)!r} is neither a run with a saved policy/ nor a model directory "
-        "(config.json); give the folder that a run printed."
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -126,6 +126,7 @@ def write(
     tensors: Iterable[tuple[str, Tensor]],
     like: Path,
     *,
+    changes: dict[str, dict] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     group: dist.ProcessGroup | None = None,
 ) -> None:
@@ -135,6 +136,7 @@ def write(
     models.weights.export does), and return when the directory is there.
 
     tensors: (name, tensor), all of one dtype, which config.json will say. A file is written as soon as it is full.
+    changes: {JSON file: {key: value}} in which it differs from `like`.
     max_shard_bytes: of a file's tensors; a larger tensor has a file of its own.
     group: the ranks; None for the default group, or for no other rank without it.
     Raises OSError on every rank when rank 0 cannot write.
@@ -142,12 +144,12 @@ def write(
     tensors = iter(tensors)
     ranks = dist.get_world_size(group) if dist.is_initialized() else 1
     if ranks == 1:
-        _write_folder(Path(folder), tensors, Path(like), max_shard_bytes)
+        _write_folder(Path(folder), tensors, Path(like), changes or {}, max_shard_bytes)
         return
     failure = None
     if dist.get_rank(group) == 0:
         try:
-            _write_folder(Path(folder), tensors, Path(like), max_shard_bytes)
+            _write_folder(Path(folder), tensors, Path(like), changes or {}, max_shard_bytes)
         except OSError as error:
             failure = error
     for _ in tensors:  # also after a failure: the other ranks wait until what they send is taken
@@ -158,7 +160,9 @@ def write(
         raise failure or OSError(words[0])
 
 
-def _write_folder(folder: Path, tensors: Iterator[tuple[str, Tensor]], like: Path, max_shard_bytes: int) -> None:
+def _write_folder(
+    folder: Path, tensors: Iterator[tuple[str, Tensor]], like: Path, changes: dict[str, dict], max_shard_bytes: int
+) -> None:
     with atomic_folder(folder) as new:
         for file in like.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHT_FILES):
@@ -168,6 +172,8 @@ def _write_folder(folder: Path, tensors: Iterator[tuple[str, Tensor]], like: Pat
         config.pop("torch_dtype", None)  # what dtype was called before
         config["dtype"] = str(dtype).removeprefix("torch.")
         (new / "config.json").write_text(json.dumps(config, indent=2))
+        for name, values in changes.items():
+            (new / name).write_text(json.dumps(read_object(new / name) | values, indent=2))
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], max_shard_bytes: int) -> torch.dtype:

@@ -159,6 +159,18 @@ class BatchConfig:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExampleBatchConfig:
+    examples: int = 32
+    """Examples of one optimizer step; a pair is one example."""
+    tokens_per_micro_batch: int = 1024
+    """Tokens of all sequences in one forward pass; changes memory and speed, never a gradient."""
+
+    def __post_init__(self):
+        if min(self.examples, self.tokens_per_micro_batch) < 1:
+            raise ValueError("batch.examples and batch.tokens-per-micro-batch must be 1 or more.")
+
+
 def _pick(batch, index_N: Tensor, index_B: Tensor, cu_seqlens: Tensor):
     changes = {}
     for field in dataclasses.fields(batch):

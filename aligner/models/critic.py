@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aligner.models.lora import LoRAConfig
 from aligner.models.microbatch import Layout
@@ -40,8 +39,6 @@ class Critic:
     Arguments as of models.network.Network.
     """
 
-    shift: ClassVar[int] = 1
-
     def __init__(
         self,
         shape: ModelShape,
@@ -63,8 +60,7 @@ class Critic:
             seed=seed,
             parallel=parallel,
             dtype=dtype,
-            value_head=True,
-            shift=self.shift,
+            value_head=zero_head(shape.hidden, 1, bias=True),
         )
 
     def infer(self, rollout) -> Tensor:
@@ -85,3 +81,12 @@ class Critic:
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state)
+
+
+def zero_head(hidden: int, outputs: int, *, bias: bool) -> nn.Linear:
+    """A linear layer whose outputs are 0 until it is trained."""
+    head = nn.Linear(hidden, outputs, bias=bias)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.zero_()
+    return head

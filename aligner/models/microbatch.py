@@ -88,9 +88,13 @@ class Layout:
         return hidden_TBH.reshape(-1, hidden_TBH.shape[-1])[self.row]
 
     def packed(self, values_A: Tensor) -> Tensor:
-        """(num_packed,) tensor with the action tokens' values of all context ranks, 0 elsewhere; differentiable."""
-        packed = values_A.new_zeros(self.num_packed).index_put((self.action_index,), values_A)
-        return packed if self.context_group is None else _SumOverRanks.apply(packed, self.context_group)
+        """(num_packed, ...) tensor with the action tokens' values of all context ranks, 0 elsewhere; differentiable."""
+        packed = values_A.new_zeros(self.num_packed, *values_A.shape[1:]).index_put((self.action_index,), values_A)
+        return self.total(packed)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over context ranks of what each knows of its own tokens; differentiable."""
+        return x if self.context_group is None else _SumOverRanks.apply(x, self.context_group)
 
 
 class _SumOverRanks(torch.autograd.Function):

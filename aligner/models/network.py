@@ -41,6 +41,12 @@ class OptimizerConfig:
     """Peak learning rate of AdamW."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up from 0."""
+    decay_steps: int = 0
+    """Optimizer steps, warm-up included, until the learning rate is at min_lr; 0 keeps it constant."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How it falls."""
+    min_lr: float = 0.0
+    """Where it ends."""
     weight_decay: float = 0.0
     """Decoupled weight decay on matrices."""
     beta1: float = 0.9
@@ -57,15 +63,22 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.lr <= 0 or self.clip <= 0:
             raise ValueError(f"optimizer.lr and optimizer.clip must be above 0, got {self.lr} and {self.clip}.")
+        if self.decay_steps and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"optimizer.decay-steps is {self.decay_steps}, expected 0 or more than warmup-steps, which is "
+                f"{self.warmup_steps}."
+            )
 
 
 class Network:
     """The decoder of `shape` with the Hugging Face weights of `read`, adapters, and an optional value head.
 
     tokens_per_micro_batch: tokens of all sequences in one forward pass; a longer sequence stands alone.
+    optimizer: None for a network that is never trained, which then has no adapters and no gradient buffers.
     seed: of the adapters' initial values.
     parallel: the layout, which run.distributed.initialize was given too.
     dtype: float32, or bfloat16 with float32 masters in the optimizer.
+    value_head: the last linear layer, in place of the output layer.
     shift: 1 reads the state that predicts an action token, 0 the state after it.
     """
 
@@ -75,23 +88,23 @@ class Network:
         read: Reader,
         *,
         adapters: lora.LoRAConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | None,
         tokens_per_micro_batch: int,
         seed: int,
         parallel: ParallelConfig | None = None,
         dtype: torch.dtype = torch.float32,
-        value_head: bool = False,
+        value_head: nn.Linear | None = None,
         shift: int = 1,
     ):
         if not torch.cuda.is_available():
             cpu.install()
         self.shape, self.tokens_per_micro_batch, self.shift = shape, tokens_per_micro_batch, shift
-        self.parallel, self.non_finite = parallel or ParallelConfig(), optimizer.non_finite
+        self.parallel, self.non_finite = parallel or ParallelConfig(), optimizer and optimizer.non_finite
         check(self.parallel, shape)
         model_parallel_cuda_manual_seed(seed)  # nothing is drawn from it, but Megatron wants it under sequence parallel
         self.dtype = dtype
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        self.chunks = gpt.build(shape, self.parallel, dtype=dtype, output_layer=not value_head)
+        self.chunks = gpt.build(shape, self.parallel, dtype=dtype, output_layer=value_head is None)
         self.last = self.chunks[-1] if self.chunks[-1].post_process else None  # the chunk that the heads read
         base = {name: p.detach() for name, p in self._named("parameters")}
         self.manifest = manifest(shape.tensors(), [self._entry(name, p) for name, p in base.items()])
@@ -102,23 +115,30 @@ class Network:
             if axis is not None and not hasattr(p, "tensor_model_parallel"):
                 set_tensor_model_parallel_attributes(p, True, axis, 1)
         self.adapters = {}
-        if adapters.rank:
+        if adapters.rank and optimizer:
             linears = dict(self._named("modules"))
             self.adapters = lora.attach(linears, adapters, sequence=self.parallel.sequence, seed=seed)
             for name, p in self._named("parameters"):
                 p.requires_grad_(name not in base)
-        if value_head and self.last:
-            self.last.value_head = nn.Linear(shape.hidden, 1, dtype=dtype)
-            nn.init.zeros_(self.last.value_head.weight)
-            nn.init.zeros_(self.last.value_head.bias)
+        if value_head is not None and self.last:
+            self.last.value_head = value_head.to(dtype)
         for chunk in self.chunks:
             chunk.to(self.device)
-        self.ddp = [_buffered(chunk, self.parallel) for chunk in self.chunks]
+        self._start_training(optimizer)
         self.parameters = dict(self._named("parameters"))
         self.base = {name: self.parameters[name].detach() for name in base}  # which the buffers may have moved
-        self.optimizer, self.scheduler = _optimizer(optimizer, self.parallel, dtype, self.ddp)
-        optimizer_state.start(self.optimizer)
-        self.offload = Offload(self.ddp, self.optimizer)
+
+    def _start_training(self, config: OptimizerConfig | None) -> None:
+        """Gradient buffers, optimizer, schedule."""
+        self.ddp = self.chunks
+        if config is None:
+            for chunk in self.chunks:
+                chunk.requires_grad_(False)
+        else:
+            self.ddp = [_buffered(chunk, self.parallel) for chunk in self.chunks]
+            self.optimizer, self.scheduler = _optimizer(config, self.parallel, self.dtype, self.ddp)
+            optimizer_state.start(self.optimizer)
+            self.offload = Offload(self.ddp, self.optimizer)
 
     def _named(self, kind: str) -> Iterator[tuple[str, Tensor | nn.Module]]:
         """(name, parameter or module) of this rank's chunks, layers counted over the whole network."""
@@ -336,7 +356,7 @@ def _optimizer(config: OptimizerConfig, parallel: ParallelConfig, dtype: torch.d
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             lr=config.lr,
-            min_lr=0.0,
+            min_lr=config.min_lr,
             weight_decay=config.weight_decay,
             adam_beta1=config.beta1,
             adam_beta2=config.beta2,
@@ -353,10 +373,10 @@ def _optimizer(config: OptimizerConfig, parallel: ParallelConfig, dtype: torch.d
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
-        min_lr=0.0,
+        min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=max(config.warmup_steps, 0) + 1,
-        lr_decay_style="constant",
+        lr_decay_steps=config.decay_steps or config.warmup_steps + 1,
+        lr_decay_style=config.decay if config.decay_steps else "constant",
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=0,

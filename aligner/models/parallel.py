@@ -37,12 +37,17 @@ def check(parallel: ParallelConfig, shape: ModelShape, what: str = "the model") 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkPlan:
-    """A network that is to be trained. shape: with the layers that it has. value_head: in place of an output layer."""
+    """A network of a run.
+
+    shape: with the layers that it has. value_head: entries of the head in place of an output layer; 0 for none.
+    trained: False for one that only answers.
+    """
 
     name: str
     shape: ModelShape
     lora: LoRAConfig
-    value_head: bool = False
+    value_head: int = 0
+    trained: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +75,12 @@ def held(plan: NetworkPlan, parallel: ParallelConfig, stage: int) -> Held:
     base = each * chunks * layer + first * embedding + last * shape.hidden
     if last and not plan.value_head and not (shape.tied and first):  # the last stage has a copy of a tied embedding
         base += embedding
-    head = shape.hidden + 1 if last and plan.value_head else 0
-    adapters = each * chunks * _adapter(plan, t) if plan.lora.rank else 0
+    head = plan.value_head if last else 0
+    adapters = each * chunks * _adapter(plan, t) if plan.lora.rank and plan.trained else 0
     return Held(
         layers=[(a, a + each - 1) for a in starts],
         weights=base + adapters + head,
-        trained=(adapters or base) + head,
+        trained=(adapters or base) + head if plan.trained else 0,
     )
 
 

@@ -5,13 +5,19 @@ from contextlib import contextmanager
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 from aligner import ops
+from aligner.models.linear import linear
 from aligner.models.lora import LoRAConfig, LowRank
 from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig, Stats
 from aligner.models.shape import ModelShape
+from aligner.models.sharded import sharded
 from aligner.models.weights import Reader, export
 from aligner.run.distributed import ParallelConfig
 
@@ -29,7 +35,7 @@ class Policy:
         read: Reader,
         *,
         lora: LoRAConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | None,
         tokens_per_micro_batch: int,
         seed: int,
         temperature: float = 1.0,
@@ -48,16 +54,22 @@ class Policy:
             dtype=dtype,
         )
         self.shape, self.temperature = shape, temperature
-        # Where all weights are trained the reference's wait in host memory.
-        self._has_reference, copied = reference or bool(lora.rank), reference and not lora.rank
-        self._initial = {n: p.to("cpu", copy=True) for n, p in self.network.base.items()} if copied else {}
+        self._has_reference = reference or bool(self.network.adapters)
+        # Where all weights are trained the reference's wait in host memory; else it is the model without adapters.
+        self._reference_weights: dict[str, Tensor] = {}
+        self.reference_moved = False
+        if reference and optimizer and not self.network.adapters:
+            self._keep_reference()
 
     def infer(self, rollout) -> tuple[Tensor, Tensor]:
         """(logprobs_N, entropy_N) of the action tokens, float32, nats; 0 elsewhere."""
         return self.network.run(rollout, self._logprobs, outputs=2)
 
     def infer_reference(self, rollout) -> Tensor:
-        """logprobs_N of the action tokens under the weights that training started from, float32, nats."""
+        """logprobs_N of the action tokens under the reference, float32, nats: the weights that training started from.
+
+        After move_reference() it is the policy of that moment.
+        """
         if not self._has_reference:
             raise ValueError("this policy keeps no reference; make it with reference=True.")
         with self._reference():
@@ -72,28 +84,77 @@ class Policy:
 
         return self.network.step(batch, on_hidden)
 
-    def _logprobs(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def update_logits(self, batch, loss: Callable[[Tensor, Tensor, object], tuple[Tensor, Stats]]) -> Stats:
+        """One optimizer step on `loss(logits_AV, index_A, micro_batch) -> (scalar, statistics)`.
+
+        logits_AV are of action tokens, whole rows on every rank, and index_A says which of the micro-batch's packed
+        tokens they predict. With context parallelism a rank has some of them: loss and statistics are added up.
+        """
+
+        def on_hidden(hidden: Tensor, layout: Layout, micro):
+            value, stats = loss(self._logits(hidden, layout), layout.action_index, micro)
+            return layout.total(value), {name: layout.total(x) for name, x in stats.items()}
+
+        return self.network.step(batch, on_hidden)
+
+    def infer_top_k(self, batch, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(topk_ids_NK int64, topk_logits_NK float32, log_sum_N float32) of the action tokens; 0 elsewhere.
+
+        The k largest logits of each, in falling order, and log sum_v exp(logit_v) of the whole vocabulary.
+        """
+
+        def head(hidden: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+            logits_AV = self._logits(hidden, layout).float()
+            top = logits_AV.topk(k)
+            return *top.indices.float().unbind(1), *top.values.unbind(1), logits_AV.logsumexp(1)
+
+        columns = self.network.run(batch, head, outputs=2 * k + 1)  # float32 holds every token id exactly
+        return torch.stack(columns[:k], 1).long(), torch.stack(columns[k : 2 * k], 1), columns[-1]
+
+    def _logits(self, hidden: Tensor, layout: Layout) -> Tensor:
+        """(A, V) logits of the action tokens, the whole vocabulary on every rank."""
+        states_AH, weight_VH = layout.states(hidden), self._output_weight()
+        if parallel_state.get_tensor_model_parallel_world_size() == 1:
+            return linear(states_AH, weight_VH)
+        return gather_from_tensor_model_parallel_region(
+            linear(copy_to_tensor_model_parallel_region(states_AH), weight_VH)
+        )
+
+    def _output_weight(self) -> Tensor:
         last = self.network.last
-        weight_VH = last.shared_embedding_or_output_weight() if self.shape.tied else last.output_layer.weight
+        return last.shared_embedding_or_output_weight() if self.shape.tied else last.output_layer.weight
+
+    def _logprobs(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         group = parallel_state.get_tensor_model_parallel_group()
         return ops.linear_logprobs(
             layout.states(hidden),
-            weight_VH,
+            self._output_weight(),
             layout.action_tokens,
             temperature=self.temperature,
             group=group if group.size() > 1 else None,
         )
 
+    def move_reference(self) -> None:
+        """The policy as it is now becomes the reference. Checkpoints hold it from then on."""
+        self._keep_reference()
+        self.reference_moved = True
+
+    def _keep_reference(self) -> None:
+        self._reference_weights = {n: p.detach().to("cpu", copy=True) for n, p in self._trained()}
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p) for name, p in self.network.parameters.items() if p.requires_grad)
+
     @contextmanager
     def _reference(self) -> Iterator[None]:
-        """LoRA off, or the initial weights swapped in."""
-        adapters, base, initial = self.network.adapters.values(), self.network.base, self._initial
+        """The reference's weights swapped in, or LoRA off."""
+        parameters, adapters = self.network.parameters, self.network.adapters.values()
+        trained = {name: parameters[name].detach().clone() for name in self._reference_weights}
         for adapter in adapters:
-            adapter.enabled = False
-        trained = {name: base[name].clone() for name in initial}
+            adapter.enabled = bool(self._reference_weights)
         with torch.no_grad():
-            for name, tensor in initial.items():
-                base[name].copy_(tensor)
+            for name, tensor in self._reference_weights.items():
+                parameters[name].copy_(tensor)
         try:
             yield
         finally:
@@ -101,7 +162,7 @@ class Policy:
                 adapter.enabled = True
             with torch.no_grad():
                 for name, tensor in trained.items():
-                    base[name].copy_(tensor)
+                    parameters[name].copy_(tensor)
 
     def manifest(self) -> dict:
         """The parameters that the sampler needs, in Hugging Face coordinates (see models.weights)."""
@@ -119,7 +180,17 @@ class Policy:
         return export(self.manifest()["tensors"], self.weight, self.shape, dtype=self.network.dtype)
 
     def state_dict(self, *, loading: bool = False) -> dict:
-        return self.network.state_dict(loading=loading)
+        """As of Network.state_dict, with the reference once it has moved: then call move_reference() before loading."""
+        state = self.network.state_dict(loading=loading)
+        if self.reference_moved:
+            for name, parameter in self._trained():  # which part of the whole each is
+                for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride", "shared"):
+                    if hasattr(parameter, attribute):
+                        setattr(self._reference_weights[name], attribute, getattr(parameter, attribute))
+            state["reference"] = sharded(self._reference_weights.items(), prefix="reference.")
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state)
+        for name, values in state.get("reference", {}).items():
+            self._reference_weights[name].copy_(values)

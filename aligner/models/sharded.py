@@ -9,16 +9,17 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
 
-def sharded(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+def sharded(parameters: Iterable[tuple[str, Tensor]], prefix: str = "") -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """{name: the part of the whole parameter that this rank holds}, for checkpoint.training.
 
     parameters: (name, parameter), layers counted over the whole network. What tensor parallelism splits carries
         Megatron's attributes `tensor_model_parallel` and `partition_dim`.
+    prefix: of their names in the checkpoint.
     """
-    return {name: _sharded(name, parameter) for name, parameter in parameters}
+    return {name: _sharded(prefix, name, parameter) for name, parameter in parameters}
 
 
-def _sharded(name: str, parameter: Tensor) -> ShardedTensor | ShardedTensorFactory:
+def _sharded(prefix: str, name: str, parameter: Tensor) -> ShardedTensor | ShardedTensorFactory:
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
@@ -26,7 +27,7 @@ def _sharded(name: str, parameter: Tensor) -> ShardedTensor | ShardedTensorFacto
     # The last pipeline stage has a copy of tied embeddings, which Megatron marks.
     copy = getattr(parameter, "shared", False)
     shard = ShardedTensor.from_rank_offsets(
-        "embedding.word_embeddings.weight" if copy else name,
+        prefix + ("embedding.word_embeddings.weight" if copy else name),
         parameter,
         *([(parameter.partition_dim, rank, ranks)] if split else []),
         replica_id=(int(copy), 0 if split else rank, data_rank),

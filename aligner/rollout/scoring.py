@@ -21,7 +21,7 @@ class Reward(Protocol):
     """Who rates responses: serving.reward.RewardFunction, or a reward model."""
 
     def submit(self, prompts: list[str], responses: list[str], metadata: list[dict]) -> Future:
-        """The future list of their rewards."""
+        """The future list of their rewards, one or several each."""
         ...
 
 
@@ -38,12 +38,10 @@ class Scored:
     requests: list[tuple[list[int], Future]]
 
     def rewards(self) -> Tensor:
-        """Waits for those of all ranks: (B,) float32, reward units. Raises what a request raised."""
-        rewards_B = torch.empty(len(self.rollout.finished_B))
-        for answers in gather(lambda: [(sequences, request.result()) for sequences, request in self.requests]):
-            for sequences, rewards in answers:
-                rewards_B[sequences] = torch.tensor(rewards, dtype=torch.float32)
-        return rewards_B
+        """Waits for those of all ranks: (B, F) float32, reward units, of F functions. Raises what a request raised."""
+        answers = gather(lambda: [(sequences, request.result()) for sequences, request in self.requests])
+        rewards = dict(pair for rank in answers for s, given in rank for pair in zip(s, given, strict=True))
+        return torch.tensor([rewards[b] for b in range(len(rewards))], dtype=torch.float32)
 
 
 def sample_and_score(

@@ -27,7 +27,8 @@ WAIT_S = 30.0  # for a process that should find the same mistake
 def parse(cls: type[Config], argv: list[str] | None = None) -> Config:
     """Build `cls` from its defaults, then `--config FILE`, then the command line; the later one wins.
 
-    cls: a frozen dataclass; nested ones give dotted names, underscores are written as dashes, tuples take commas.
+    cls: a frozen dataclass; nested ones give dotted names, underscores are written as dashes, tuples take commas. The
+        name of a group that has `files`, --data, stands for them.
     argv: arguments without the program's name; None for sys.argv[1:].
     Raises ValueError, one sentence: an unknown option (with the nearest one), a bad value, a bad YAML file.
     """
@@ -106,6 +107,11 @@ def _leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield name, hint
 
 
+def _short(names: Iterable[str]) -> dict[str, str]:
+    """Groups that are given by their files alone: --data FILE is --data.files FILE."""
+    return {name.removesuffix(".files"): name for name in names if name.endswith(".files")}
+
+
 def _is_tuple(hint: Any) -> bool:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return any(typing.get_origin(option) is tuple for option in options)
@@ -134,6 +140,9 @@ def _checked_arguments(argv: list[str], hints: dict[str, Any]) -> list[str]:
         if argument.startswith("--"):
             option, equals, value = argument[2:].partition("=")
             name = option.replace("_", "-")
+            if name in _short(hints):
+                name = _short(hints)[name]
+                argument = f"--{name}{equals}{value}"
             known = name in hints or name == "help" or hints.get(switches.get(name, "")) is bool
             if not known:
                 raise ValueError(f"unknown option --{option}; {_nearest(name, hints, '--')}")
@@ -167,6 +176,7 @@ def _yaml_arguments(file: Path, hints: dict[str, Any]) -> list[str]:
     groups = {name.rsplit(".", depth)[0] for name in hints for depth in range(1, name.count(".") + 1)}
     arguments = []
     for name, value in _yaml_leaves(tree or {}, groups):
+        name = _short(hints).get(name, name)
         if name in groups:
             raise ValueError(f"{file}: {name} is {value!r}, expected a mapping of its options to values.")
         if name not in hints:

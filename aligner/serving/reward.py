@@ -1,21 +1,46 @@
-"""A reward written in Python: any callable `package.module:name` that scores prompt and response pairs."""
+"""Rewards: options, and callables `package.module:name` that score prompt and response pairs."""
 
 import importlib
 import inspect
 import math
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    function: str = "aligner.serving.sentiment:PositiveReview"
-    """package.module:callable that gets prompts, responses, metadata (lists) and returns one float each."""
+    function: tuple[str, ...] = ()
+    """package.module:callable, which gets prompts, responses, metadata (lists) and returns one float each; several with
+    commas. Without one, and without reward models, the sentiment of movie reviews."""
+    model: tuple[str, ...] = ()
+    """Reward models: folders of runs of aligner.reward_model, or of Hugging Face sequence classifiers."""
+    weights: tuple[float, ...] = ()
+    """Of the functions, then of the models, in their sum; without any, all 1."""
+    attribute_weights: tuple[float, ...] = ()
+    """Of the attributes of a reward model that gives several."""
+    mean: float = 0.0
+    """Subtracted from the sum, reward units."""
+    std: float = 1.0
+    """The sum is divided by it, reward units."""
+    clip: float | None = None
+    """Then clipped to plus and minus this; none leaves it out."""
+    missing_eos_penalty: float = 0.0
+    """Then taken from responses that reached the length limit."""
+
+    def __post_init__(self):
+        sources = len(self.function) + len(self.model) or 1
+        if self.weights and len(self.weights) != sources:
+            raise ValueError(f"reward.weights has {len(self.weights)} numbers for {sources} rewards; give one each.")
+        if self.std <= 0 or (self.clip is not None and self.clip <= 0):
+            raise ValueError(f"reward.std and reward.clip must be above 0, got {self.std} and {self.clip}.")
+
+    def functions(self) -> tuple[str, ...]:
+        return self.function if self.function or self.model else (DEFAULT_REWARD,)
 
 
+DEFAULT_REWARD = "aligner.serving.sentiment:PositiveReview"
 PROBE = ("The film was", " fine.", {})
 
 
@@ -29,7 +54,6 @@ class RewardFunction:
     def __init__(self, function: Callable, name: str):
         self.name = name
         self._function = function
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
 
     def score(self, prompts: list[str], responses: list[str], metadata: list[dict]) -> list[float]:
         """Rewards of prompt and response pairs; aligned lists, one entry a pair.
@@ -52,18 +76,10 @@ class RewardFunction:
 
     __call__ = score
 
-    def submit(self, prompts: list[str], responses: list[str], metadata: list[dict]) -> Future:
-        """`score` in the reward's one worker thread; the future's result is the list of rewards."""
-        return self._worker.submit(self.score, prompts, responses, metadata)
-
     def check(self) -> None:
         """Score one tiny pair, so that a broken reward fails before the long work; raises what `score` raises."""
         prompt, response, metadata = PROBE
         self.score([prompt], [response], [metadata])
-
-    def close(self) -> None:
-        """End the worker thread, once what was submitted is done."""
-        self._worker.shutdown()
 
     def _number(self, index: int, value) -> float:
         try:

@@ -85,7 +85,7 @@ def batch_and_loss(method: str, seed: int):
     if method == "reward_model":
         last_N = torch.zeros_like(mask_N)
         last_N[s["cu_seqlens"][1:].long() - 1] = True
-        return PairBatch(**s | {"action_mask_N": last_N}), lambda r, micro: bradley_terry_loss(r, micro, 4.0)
+        return PairBatch(**s | {"action_mask_N": last_N}), lambda r_NK, micro: bradley_terry_loss(r_NK[:, 0], micro, 4.0)
     sampled = SupervisedBatch(**s)
     weights_N = mask_N.float()
     if method == "ppo_policy":
@@ -186,9 +186,8 @@ def outcome(case: Case, folder: Path) -> dict:
     stats = train(model, case, range(1))
     trained = {n: p for n, p in network.parameters.items() if p.requires_grad}
     result = {"before": before, "stats": stats}
-    plan = NetworkPlan(
-        name="", shape=network.shape, lora=_lora(case), value_head=case.method in ("reward_model", "ppo_critic")
-    )
+    head = {"reward_model": network.shape.hidden, "ppo_critic": network.shape.hidden + 1}.get(case.method, 0)
+    plan = NetworkPlan(name="", shape=network.shape, lora=_lora(case), value_head=head)
     planned = held(plan, case.layout, distributed.place().pipeline)  # what --dry-run says
     assert planned.weights == sum(p.numel() for p in network.parameters.values())
     assert planned.trained == sum(p.numel() for p in trained.values())

@@ -61,7 +61,7 @@ def test_description_of_a_layout():
     layout = ParallelConfig(tensor=2, pipeline=2, virtual_pipeline=3, distributed_optimizer=True)
     plans = [
         NetworkPlan(name="policy", shape=SHAPE, lora=LoRAConfig(rank=0)),
-        NetworkPlan(name="critic", shape=SHAPE, lora=LoRAConfig(rank=4), value_head=True),
+        NetworkPlan(name="critic", shape=SHAPE, lora=LoRAConfig(rank=4), value_head=SHAPE.hidden + 1),
     ]
     text = describe(layout, plans, 12, torch.bfloat16)
     assert "12 processes: 2 tensor x 1 context x 3 data x 2 pipeline" in text

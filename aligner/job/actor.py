@@ -1,0 +1,148 @@
+"""The sampling side of an online run: prompts, the sampler and its refit, rewards, evaluation on held-out prompts."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aligner.checkpoint import huggingface
+from aligner.checkpoint.model_folder import model_folder
+from aligner.data.batch import Rollout
+from aligner.data.dataset import Dataset, load
+from aligner.data.examples import Prompt
+from aligner.data.formats import PROMPTS
+from aligner.data.movie_reviews import review_prompt_rows
+from aligner.data.tokenizer import load_tokenizer
+from aligner.job.config import OnlineConfig
+from aligner.job.job import Job, Logged
+from aligner.losses.shaping import shape_rewards
+from aligner.losses.statistics import rollout_statistics
+from aligner.models.lora import LoRAConfig
+from aligner.models.policy import Policy
+from aligner.models.reward_model import RewardModel, attributes_of, reward_model_tensors
+from aligner.models.shape import ModelShape
+from aligner.refit.replica import Replica
+from aligner.rollout.native import NativeSampler
+from aligner.rollout.scoring import Scored, sample_and_score
+from aligner.rollout.transcript import Transcript
+from aligner.run import distributed
+from aligner.run.distributed import agree
+from aligner.serving.reward import RewardConfig, load_reward
+from aligner.serving.rewards import Rewards
+
+
+def load_prompts(job: Job) -> tuple[Dataset, list[Prompt]]:
+    """Training prompts and held-out ones; by default the opening words of IMDb reviews."""
+    c: OnlineConfig = job.config
+    room = job.shape.context - c.sampling.max_tokens
+    train, held_out = load(
+        c.data,
+        c.eval_data,
+        PROMPTS,
+        job.encoder,
+        room=room,
+        seed=c.seed,
+        default=lambda: review_prompt_rows(job.tokenizer),
+    )
+    train.batch(0, c.batch.sequences // c.batch.samples_per_prompt)
+    return train, held_out.first(c.eval_prompts) if held_out and c.eval_prompts else []
+
+
+def load_rewards(job: Job, config: RewardConfig) -> Rewards:
+    """The functions, tried on a tiny pair, on ranks that sample; the models on all. All ranks call it."""
+    folders = [Path(model_folder(name)) for name in config.model]
+    functions = agree(lambda: [load_reward(f) for f in config.functions()] if distributed.place().leads else [])
+    agree(lambda: [function.check() for function in functions])
+    count = len(config.functions()) + len(folders)
+    models = [(_reward_model(job, folder), config.attribute_weights or (1.0,)) for folder in folders]
+    for model, weights in models:
+        if len(weights) != model.attributes:
+            raise ValueError(
+                f"reward.attribute-weights has {len(weights)} numbers, the reward model gives {model.attributes} "
+                "attributes; give one number each."
+            )
+    return Rewards(functions, models, config.weights or (1.0,) * count)
+
+
+def _reward_model(job: Job, folder: Path) -> RewardModel:
+    attributes = attributes_of(folder)
+    if not attributes:
+        raise ValueError(f"{str(folder)!r} is no reward model; train one with `python -m aligner.reward_model`.")
+    if load_tokenizer(folder).get_vocab() != job.tokenizer.get_vocab():
+        raise ValueError(
+            f"the reward model {str(folder)!r} has another tokenizer than the policy, so it cannot read its tokens; "
+            "train one from the policy's family."
+        )
+    shape = ModelShape.from_folder(folder)
+    read = huggingface.Weights(folder, reward_model_tensors(shape, attributes))
+    untrained = {"lora": LoRAConfig(rank=0), "optimizer": None}
+    return RewardModel(shape, read, attributes=attributes, trained=True, **untrained, **job.shared())
+
+
+class Actor:
+    """Samples the policy's responses and has them scored, in training and on held-out prompts.
+
+    All ranks make it and call its methods together.
+
+    offloaded: networks whose optimizer leaves the device while responses are sampled, with --parallel.offload.
+    """
+
+    def __init__(self, job: Job, policy: Policy, train: Dataset, held_out: list[Prompt], rewards: Rewards, *offloaded):
+        self.job, self.config, self.policy, self.rewards = job, job.config, policy, rewards
+        self.train, self.held_out = train, held_out
+        self.transcript = Transcript(job.tokenizer)
+        self._offloaded = [policy.network, *offloaded] if self.config.parallel.offload else []
+        dtype = self.config.sampling.dtype
+        self.replica = Replica(policy, lambda: NativeSampler(policy.shape, dtype=dtype, tokenizer=job.folder))
+        self.replica.refit(job.start)
+
+    def prompts(self, batch: int) -> list[Prompt]:
+        """Of the batch with this number, 0-based."""
+        return self.train.batch(batch, self.config.batch.sequences // self.config.batch.samples_per_prompt)
+
+    def sample(self, prompts: list[Prompt], seed: int) -> Scored:
+        """config.batch.samples_per_prompt responses to each prompt; rewards are on their way."""
+        for network in self._offloaded:
+            network.offload.leave()
+        return self._sample(prompts, self.config.batch.samples_per_prompt, seed)
+
+    def _sample(self, prompts: list[Prompt], n: int, seed: int) -> Scored:
+        sampling = self.config.sampling.sampling(seed, self.transcript.stop)
+        return sample_and_score(self.replica.sampler, prompts, sampling, n, self.transcript, self.rewards)
+
+    def raw_rewards(self, scored: Scored) -> Tensor:
+        """(B,) float32, reward units: waits for the functions, asks the models."""
+        return self.rewards.total(scored.rewards(), scored.rollout)
+
+    def shaped(self, raw_B: Tensor, rollout: Rollout, overlong: tuple[float, float, float] | None = None) -> Tensor:
+        """What is trained on: standardised, clipped, less penalties (losses.shaping)."""
+        c, lengths = self.config.reward, torch.zeros(len(raw_B))
+        lengths.index_add_(0, _sequence(rollout), rollout.action_mask_N.float())
+        return shape_rewards(
+            raw_B,
+            rollout.finished_B,
+            lengths,
+            mean=c.mean,
+            std=c.std,
+            clip=c.clip,
+            missing_eos_penalty=c.missing_eos_penalty,
+            overlong=overlong,
+        )
+
+    def evaluate(self, number: int) -> Logged:
+        """Reward and KL on held-out prompts; every call draws with the same seeds."""
+        if not self.held_out:
+            return {}, []
+        scored = self._sample(self.held_out, 1, self.config.seed)
+        rollout, rewards_B = scored.rollout, self.raw_rewards(scored)
+        log_ratio_N = torch.zeros_like(rollout.sampler_logprobs_N)
+        if rollout.weights_version:  # before the first update the policy is the reference
+            log_ratio_N = self.policy.infer(rollout)[0] - self.policy.infer_reference(rollout)
+        metrics = rollout_statistics(rollout, rewards_B, log_ratio_N, prefix="eval/")
+        return metrics, self.transcript.rows(number, "eval", scored.texts, rewards_B)
+
+
+def _sequence(rollout: Rollout) -> Tensor:
+    """Which sequence each token is of."""
+    counts = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1]).long()
+    return torch.repeat_interleave(torch.arange(len(counts)), counts)

@@ -1,0 +1,74 @@
+"""The options that programs share."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from aligner.data.batch import BatchConfig, ExampleBatchConfig
+from aligner.data.dataset import DataConfig
+from aligner.models.lora import LoRAConfig
+from aligner.models.network import OptimizerConfig
+from aligner.rollout.sampling import SamplingConfig
+from aligner.run.distributed import ParallelConfig
+from aligner.serving.reward import RewardConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramConfig:
+    model: str = "SmolLM2-135M-Instruct"
+    """Hugging Face model directory, a run's folder, or the default model's name."""
+    data: DataConfig = field(default_factory=DataConfig)
+    eval_data: str = ""
+    """JSONL files of held-out examples; empty holds out some of the default data, or evaluates nothing with --data."""
+    steps: int = 10
+    """Steps of the whole run."""
+    seed: int = 0
+    """Of sampling, data order and new parameters."""
+    output: Path | None = None
+    """Run folder; default runs/<program>-<time>."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --output."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates before the first and after the last step only."""
+    threads: int = 0
+    """CPU threads of each process; 0 takes torch's choice, one a core."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the trained weights; with bfloat16 the optimizer keeps float32 masters."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    dry_run: bool = False
+    """Print which rank would hold what, and end."""
+
+    def __post_init__(self):
+        if min(self.steps, self.save_every, self.eval_every, self.threads) < 0:
+            raise ValueError("steps, save-every, eval-every and threads must be 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig(ProgramConfig):
+    """Options of programs that train on examples."""
+
+    steps: int = 0
+    """Steps of the whole run; 0 is one pass over the data."""
+    eval_examples: int = 256
+    """Held-out examples at most; 0 evaluates nothing."""
+    batch: ExampleBatchConfig = field(default_factory=ExampleBatchConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-4))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(ProgramConfig):
+    """Options of programs that train on what they sample."""
+
+    eval_prompts: int = 96
+    """Held-out prompts answered at every evaluation; 0 evaluates nothing."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps < 1 or self.eval_prompts < 0:
+            raise ValueError("steps must be 1 or more, eval-prompts 0 or more.")

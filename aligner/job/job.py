@@ -1,0 +1,153 @@
+"""What every program does around its step: the model, the processes, the run folder, checkpoints, the loop."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aligner.checkpoint import huggingface, training
+from aligner.checkpoint.model_folder import model_folder
+from aligner.data.encoder import Encoder
+from aligner.data.tokenizer import load_tokenizer
+from aligner.job.config import ProgramConfig
+from aligner.models import parallel
+from aligner.models.lora import LoRAConfig
+from aligner.models.network import OptimizerConfig
+from aligner.models.parallel import NetworkPlan
+from aligner.models.policy import Policy
+from aligner.models.shape import ModelShape
+from aligner.run import config as options
+from aligner.run import distributed
+from aligner.run.directory import RunDirectory
+from aligner.run.loop import repeat
+from aligner.run.report import write_report
+from aligner.run.timers import Timers, peak_memory_bytes
+
+Logged = tuple[dict[str, float], list[dict]]  # metrics, rows for samples.jsonl
+
+
+class Job:
+    """One run of a program, in the order of its methods: plans(), begin(), networks, restore(), repeat().
+
+    Made first, before anything is loaded: what is wrong with model, tokenizer or layout is told then.
+
+    folder, shape, read: of the model that the run starts from. start: steps that an earlier run has done.
+    """
+
+    def __init__(self, program: str, config: ProgramConfig):
+        print(options.to_yaml(config), flush=True)
+        config.parallel.data(distributed.world_size())
+        self.program, self.config, self.timers = program, config, Timers()
+        self.folder = model_folder(config.model)
+        self.shape = ModelShape.from_folder(self.folder)
+        self.tokenizer = load_tokenizer(self.folder)
+        self.encoder = Encoder.of(self.tokenizer, config.data.chat_template)
+        self.start, self.checkpoint = 0, None
+
+    def dry_run(self, *plans: NetworkPlan) -> bool:
+        """Check that the networks fit the layout; with --dry-run, say which rank would hold what and return True."""
+        c = self.config
+        for plan in plans:
+            parallel.check(c.parallel, plan.shape, "the model" if plan.name == "policy" else f"the {plan.name}")
+        if c.dry_run:
+            print(parallel.describe(c.parallel, plans, distributed.world_size(), getattr(torch, c.dtype)))
+        return c.dry_run
+
+    def begin(self) -> None:
+        """Find the checkpoint to resume from, join the processes, make the run folder."""
+        c = self.config
+        if c.resume and c.output:
+            self.checkpoint = training.latest(c.output)
+            self.start = self.plain()["step"]
+        distributed.initialize(c.threads, c.parallel)
+        needed_bytes = 2 * self.shape.num_bytes()
+        self.directory = RunDirectory.create(c.output, self.program, options.to_yaml(c), c.resume, needed_bytes)
+
+    def plain(self) -> dict:
+        """Plain values of the checkpoint that the run goes on from; empty at a first start."""
+        return training.read_plain(self.checkpoint) if self.checkpoint else {}
+
+    def policy(
+        self,
+        lora: LoRAConfig,
+        optimizer: OptimizerConfig | None,
+        *,
+        temperature: float = 1.0,
+        reference: bool = True,
+        folder: Path | None = None,
+    ) -> Policy:
+        """A policy that starts from the run's model, or from another one; arguments as of models.policy.Policy."""
+        folder = folder or self.folder
+        shape = ModelShape.from_folder(folder)
+        read = huggingface.Weights(folder, shape.tensors())
+        shared = self.shared() | {"lora": lora, "optimizer": optimizer}
+        return Policy(shape, read, temperature=temperature, reference=reference, **shared)
+
+    def shared(self) -> dict[str, Any]:
+        """Arguments that all networks of the run have in common."""
+        return {
+            "tokens_per_micro_batch": self.config.batch.tokens_per_micro_batch,
+            "seed": self.config.seed,
+            "parallel": self.config.parallel,
+            "dtype": getattr(torch, self.config.dtype),
+        }
+
+    def restore(self, **networks: training.Trained) -> None:
+        """Let the networks go on from the checkpoint, if there is one, and forget what was logged after it."""
+        if self.checkpoint:
+            training.restore(self.checkpoint, networks)
+            self.directory.truncate(self.start or -1)  # a run that was stopped before its first step evaluates again
+
+    def repeat(
+        self,
+        *,
+        step: Callable[[int], Logged],
+        evaluate: Callable[[int], Logged],
+        networks: dict[str, training.Trained],
+        export: Callable[[], Iterable[tuple[str, Tensor]]],
+        export_changes: dict[str, dict] | None = None,
+        plain: Callable[[], dict] = dict,
+        steps: int = 0,
+    ) -> int:
+        """The steps that are left, then the report. Returns the exit status.
+
+        step, evaluate: step number -> (metrics, rows for samples.jsonl). Where a step counts its "tokens" and its
+            "sampled_tokens", their rates are added.
+        networks: what a checkpoint holds, by name. plain: small values that it holds too.
+        export: the tensors of the model that the run leaves in policy/, a Hugging Face directory; changes to its JSON
+            files by export_changes, {file: {key: value}}.
+        steps: of the whole run, where --steps does not say it.
+        """
+        c, path = self.config, self.directory.path
+
+        def save(number: int) -> None:
+            state = {name: network.state_dict() for name, network in networks.items()}
+            training.save(path, number, state | {"plain": plain()})
+            huggingface.write(path / "policy", export(), like=self.folder, changes=export_changes or {})
+
+        def timed(number: int) -> Logged:
+            metrics, rows = step(number)
+            times = self.timers.take()
+            metrics |= times | {"peak_memory_bytes": peak_memory_bytes()}
+            if "tokens" in metrics:
+                metrics["tokens_per_second"] = metrics["tokens"] / sum(times.values())
+            if "sampled_tokens" in metrics:
+                metrics["sampled_tokens_per_second"] = metrics["sampled_tokens"] / times["time/sample"]
+            return metrics, rows
+
+        status = repeat(
+            steps=c.steps or steps,
+            save_every=c.save_every,
+            eval_every=c.eval_every,
+            directory=self.directory,
+            start=self.start,
+            evaluate=evaluate,
+            step=timed,
+            save=save,
+        )
+        self.directory.close()
+        if distributed.is_main():
+            print(f"tuned model: {path / 'policy'}\nreport: {write_report(path)}")
+        return status
