@@ -31,3 +31,20 @@ def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, kind: Estimato
         case "k3":
             return torch.exp(-d) - 1 + d
     raise ValueError(f"kl estimator is {kind!r}, expected k1, abs, k2 or k3.")
+
+
+def adapted_kl_coef(coef: float, kl: float, *, target: float, horizon: float, sequences: float) -> float:
+    r"""The KL coefficient of the next step, which moves towards the one that keeps the KL at a target.
+
+        e = clip(kl / target - 1, -0.2, 0.2),    coef' = coef (1 + e sequences / horizon)
+
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2, whose constant K is sequences / horizon.
+
+    coef: dimensionless, of this step. kl: nats a response, of this step.
+    target: nats a response, > 0.
+    horizon: responses, > 0, over which the coefficient may change by about 20 %. sequences: responses of this step.
+    Returns the coefficient, dimensionless. Raises ValueError for target and horizon.
+    """
+    if not (target > 0 and horizon > 0):
+        raise ValueError(f"adapted_kl_coef: target is {target} and horizon is {horizon}, expected both more than 0.")
+    return coef * (1 + min(max(kl / target - 1, -0.2), 0.2) * sequences / horizon)
