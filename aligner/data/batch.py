@@ -80,6 +80,18 @@ class PolicyBatch(Packed):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupBatch(PolicyBatch):
+    """What an update without a critic reads.
+
+    importance_N: (N,) float32, dimensionless. Correction for the sampler's probabilities.
+    reference_logprobs_N: (N,) float32, nats; 0 outside action tokens. None where no KL is in the loss.
+    """
+
+    importance_N: Tensor
+    reference_logprobs_N: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValueBatch(Packed):
     """What a critic update reads.
 
@@ -177,6 +189,8 @@ def _pick(batch, index_N: Tensor, index_B: Tensor, cu_seqlens: Tensor):
         value = getattr(batch, field.name)
         if field.name == "rollout":
             changes["rollout"] = _pick(value, index_N, index_B, cu_seqlens)
+        elif value is None:
+            continue
         elif field.name == "cu_seqlens":
             changes["cu_seqlens"] = cu_seqlens
         elif field.name.endswith("_N"):
@@ -184,6 +198,15 @@ def _pick(batch, index_N: Tensor, index_B: Tensor, cu_seqlens: Tensor):
         elif field.name.endswith("_B"):
             changes[field.name] = value[index_B]
     return dataclasses.replace(batch, **changes)
+
+
+def concatenate(batches: Sequence[Rollout]) -> Rollout:
+    """All their sequences, one batch after the other."""
+    columns = {f.name: [getattr(b, f.name) for b in batches] for f in dataclasses.fields(batches[0])}
+    joined = {name: torch.cat(x) for name, x in columns.items() if name.endswith(("_N", "_B"))}
+    counts = torch.cat([b.cu_seqlens[1:] - b.cu_seqlens[:-1] for b in batches])
+    joined["cu_seqlens"] = torch.cat([counts.new_zeros(1), counts]).cumsum(0, dtype=torch.int32)
+    return dataclasses.replace(batches[0], **joined)
 
 
 def pack_rollout(

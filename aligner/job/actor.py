@@ -129,6 +129,13 @@ class Actor:
             overlong=overlong,
         )
 
+    def record(self, number: int, scored: Scored, raw_B: Tensor, log_ratio_N: Tensor) -> Logged:
+        """What a step tells of its rollout."""
+        rollout = scored.rollout
+        counts = {"tokens": len(rollout.tokens_N), "sampled_tokens": int(rollout.action_mask_N.sum())}
+        metrics = rollout_statistics(rollout, raw_B, log_ratio_N) | counts
+        return metrics, self.transcript.rows(number, "train", scored.texts, raw_B)
+
     def evaluate(self, number: int) -> Logged:
         """Reward and KL on held-out prompts; every call draws with the same seeds."""
         if not self.held_out:

@@ -42,6 +42,7 @@ class Job:
         self.program, self.config, self.timers = program, config, Timers()
         self.folder = model_folder(config.model)
         self.shape = ModelShape.from_folder(self.folder)
+        self.read = huggingface.Weights(self.folder, self.shape.tensors())
         self.tokenizer = load_tokenizer(self.folder)
         self.encoder = Encoder.of(self.tokenizer, config.data.chat_template)
         self.start, self.checkpoint = 0, None
@@ -79,9 +80,10 @@ class Job:
         folder: Path | None = None,
     ) -> Policy:
         """A policy that starts from the run's model, or from another one; arguments as of models.policy.Policy."""
-        folder = folder or self.folder
-        shape = ModelShape.from_folder(folder)
-        read = huggingface.Weights(folder, shape.tensors())
+        shape, read = self.shape, self.read
+        if folder:
+            shape = ModelShape.from_folder(folder)
+            read = huggingface.Weights(folder, shape.tensors())
         shared = self.shared() | {"lora": lora, "optimizer": optimizer}
         return Policy(shape, read, temperature=temperature, reference=reference, **shared)
 

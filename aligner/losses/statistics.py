@@ -23,16 +23,24 @@ def rollout_statistics(rollout, rewards_B: Tensor, log_ratio_N: Tensor, prefix: 
     }
 
 
-def estimate_statistics(policy_batch, value_batch, logprobs_N: Tensor, entropy_N: Tensor) -> dict[str, float]:
-    """Entropy, advantages, returns, values and the sampler's log-probability gap over the action tokens of a step."""
-    rollout = policy_batch.rollout
+def sampler_statistics(rollout, logprobs_N: Tensor, entropy_N: Tensor) -> dict[str, float]:
+    """Entropy, and the sampler's log-probability gap to the trainer, over the action tokens of a step."""
     mask_N = rollout.action_mask_N
     gap = (logprobs_N - rollout.sampler_logprobs_N)[mask_N]
+    return {
+        "entropy/mean": float(entropy_N[mask_N].mean()),
+        "sampler_gap/mean": float(gap.abs().mean()),
+        "sampler_gap/max": float(gap.abs().max()),
+    }
+
+
+def estimate_statistics(policy_batch, value_batch) -> dict[str, float]:
+    """Advantages, returns and values over the action tokens of a step."""
+    mask_N = policy_batch.rollout.action_mask_N
     returns, values, advantages = (
         t[mask_N] for t in (value_batch.returns_N, value_batch.old_values_N, policy_batch.advantages_N)
     )
     return {
-        "entropy/mean": float(entropy_N[mask_N].mean()),
         "advantages/mean": float(advantages.mean()),
         "advantages/std": float(advantages.std(correction=0)),
         "returns/mean": float(returns.mean()),
@@ -40,8 +48,6 @@ def estimate_statistics(policy_batch, value_batch, logprobs_N: Tensor, entropy_N
         "values/mean": float(values.mean()),
         "values/std": float(values.std(correction=0)),
         "explained_variance": explained_variance(values, returns),
-        "sampler_gap/mean": float(gap.abs().mean()),
-        "sampler_gap/max": float(gap.abs().max()),
     }
 
 
@@ -51,23 +57,35 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return 1 - float((returns - values).var(correction=0)) / variance if variance > 0 else 0.0
 
 
-def update_statistics(policy: list[dict[str, float]], value: list[dict[str, float]]) -> dict[str, float]:
-    """Means over optimizer steps of what the policy's and the critic's updates report.
+POLICY_NAMES = {
+    "policy_loss": "loss/policy",
+    "supervised_loss": "loss/policy",
+    "grad_norm": "grad_norm/policy",
+    "clip_fraction": "clip_fraction",
+    "approx_kl": "approx_kl",
+    "ratio": "ratio/mean",
+    "ratio_clamped": "ratio_clamped/mean",
+    "importance": "importance/mean",
+    "padding": "padding/policy",
+}
+VALUE_NAMES = {
+    "value_loss": "loss/value",
+    "grad_norm": "grad_norm/value",
+    "value_clip_fraction": "value_clip_fraction",
+}
+
+
+def update_statistics(policy: list[dict[str, float]], value: list[dict[str, float]] = ()) -> dict[str, float]:
+    """Means over optimizer steps of what the policy's and the critic's updates report, as far as they do.
 
     A step that was skipped (optimizer.non_finite) counts in `skipped` only; where all were, there are no means.
     """
-    names = {"policy_loss": "loss/policy", "grad_norm": "grad_norm/policy", "clip_fraction": "clip_fraction"}
-    names |= {"approx_kl": "approx_kl", "ratio": "ratio/mean", "ratio_clamped": "ratio_clamped/mean"}
-    names |= {"padding": "padding/policy"}
-    value_names = {"value_loss": "loss/value", "grad_norm": "grad_norm/value"}
-    value_names |= {"value_clip_fraction": "value_clip_fraction"}
-    skipped = {
-        f"skipped/{name}": sum(step["skipped"] for step in steps) / len(steps)
-        for name, steps in (("policy", policy), ("value", value))
-    }
-    return _means(policy, names) | _means(value, value_names) | skipped
-
-
-def _means(steps: list[dict[str, float]], names: dict[str, str]) -> dict[str, float]:
-    applied = [step for step in steps if not step["skipped"]]
-    return {new: sum(step[old] for step in applied) / len(applied) for old, new in names.items()} if applied else {}
+    metrics = {}
+    for who, steps, names in (("policy", policy, POLICY_NAMES), ("value", value, VALUE_NAMES)):
+        applied = [step for step in steps if not step["skipped"]]
+        for old, new in names.items():
+            if applied and old in applied[0]:
+                metrics[new] = sum(step[old] for step in applied) / len(applied)
+        if steps:
+            metrics[f"skipped/{who}"] = sum(step["skipped"] for step in steps) / len(steps)
+    return metrics

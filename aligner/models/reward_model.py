@@ -82,9 +82,7 @@ class RewardModel:
 
     def hugging_face(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of its checkpoint for transformers; every rank exhausts it, as of Policy.hugging_face."""
-        yield from export(
-            self.network.manifest["tensors"], self.network.weight, self.shape, dtype=self.network.dtype
-        )
+        yield from export(self.network.manifest["tensors"], self.network.weight, self.shape, dtype=self.network.dtype)
         heads = gather(lambda: self.network.last and self.network.last.value_head.weight.detach().cpu())
         yield HEAD, next(head for head in heads if head is not None)
 

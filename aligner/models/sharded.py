@@ -9,7 +9,9 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch import Tensor
 
 
-def sharded(parameters: Iterable[tuple[str, Tensor]], prefix: str = "") -> dict[str, ShardedTensor | ShardedTensorFactory]:
+def sharded(
+    parameters: Iterable[tuple[str, Tensor]], prefix: str = ""
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """{name: the part of the whole parameter that this rank holds}, for checkpoint.training.
 
     parameters: (name, parameter), layers counted over the whole network. What tensor parallelism splits carries

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from aligner.data.batch import Rollout
+from aligner.data.batch import Rollout, concatenate
 from aligner.data.prompts import Prompt
 from aligner.rollout.sampling import Response, Sampler, Sampling, pack_responses
 from aligner.rollout.transcript import Texts, Transcript
@@ -37,11 +37,22 @@ class Scored:
     texts: Texts
     requests: list[tuple[list[int], Future]]
 
+    def take(self, sequences: list[int]) -> "Scored":
+        """The same restricted to the given sequences, whose rewards are known already."""
+        texts = tuple([column[b] for b in sequences] for column in self.texts)
+        return Scored(rollout=self.rollout.take(sequences), texts=texts, requests=[])
+
     def rewards(self) -> Tensor:
         """Waits for those of all ranks: (B, F) float32, reward units, of F functions. Raises what a request raised."""
         answers = gather(lambda: [(sequences, request.result()) for sequences, request in self.requests])
         rewards = dict(pair for rank in answers for s, given in rank for pair in zip(s, given, strict=True))
         return torch.tensor([rewards[b] for b in range(len(rewards))], dtype=torch.float32)
+
+
+def join_scored(parts: list[Scored]) -> Scored:
+    """All their sequences, one part after the other; the rewards are known already."""
+    texts = tuple([text for part in parts for text in part.texts[i]] for i in range(3))
+    return Scored(rollout=concatenate([part.rollout for part in parts]), texts=texts, requests=[])
 
 
 def sample_and_score(

@@ -85,7 +85,9 @@ def batch_and_loss(method: str, seed: int):
     if method == "reward_model":
         last_N = torch.zeros_like(mask_N)
         last_N[s["cu_seqlens"][1:].long() - 1] = True
-        return PairBatch(**s | {"action_mask_N": last_N}), lambda r_NK, micro: bradley_terry_loss(r_NK[:, 0], micro, 4.0)
+        return PairBatch(**s | {"action_mask_N": last_N}), lambda r_NK, micro: bradley_terry_loss(
+            r_NK[:, 0], micro, 4.0
+        )
     sampled = SupervisedBatch(**s)
     weights_N = mask_N.float()
     if method == "ppo_policy":
