@@ -1,7 +1,7 @@
 """Batches: one frozen dataclass per stage; a field exists only once it is true.
 
-Shape suffixes: N packed tokens, B sequences. A field ending in _N is sliced by token, one ending in _B by sequence.
-Entry t of every _N tensor is about token t.
+Shape suffixes: N packed tokens, B sequences, K of something each has. A field ending in _N or _NK is sliced by token,
+one ending in _B or _BK by sequence. Entry t of every _N tensor is about token t.
 """
 
 import dataclasses
@@ -137,13 +137,48 @@ class PairBatch(Packed):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MarginBatch(PairBatch):
+    """Pairs with how much better the chosen response is.
+
+    margins_B: (B,) float32, >= 0, the same in both entries of a pair.
+    """
+
+    margins_B: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatedBatch(SupervisedBatch):
+    """Sequences with ratings of K attributes.
+
+    attributes_BK: (B, K) float32, rating units, -100 where there is none.
+    """
+
+    attributes_BK: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceBatch(PairBatch):
     """Pairs with what the reference says of them.
 
+    reference_logprobs_B: (B,) float32, nats. Sum of the reference's log-probabilities over each response; None for a
+        loss without a reference.
+    rewards_B: (B,) float32, reward units. Of each response; None for a loss that reads labels only.
+    """
+
+    reference_logprobs_B: Tensor | None
+    rewards_B: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedBatch(SupervisedBatch):
+    """Responses that are desirable or not.
+
     reference_logprobs_B: (B,) float32, nats. Sum of the reference's log-probabilities over each response.
+    desirable_B: (B,) bool.
     """
 
     reference_logprobs_B: Tensor
+    desirable_B: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +228,9 @@ def _pick(batch, index_N: Tensor, index_B: Tensor, cu_seqlens: Tensor):
             continue
         elif field.name == "cu_seqlens":
             changes["cu_seqlens"] = cu_seqlens
-        elif field.name.endswith("_N"):
+        elif field.name.endswith(("_N", "_NK")):
             changes[field.name] = value[index_N]
-        elif field.name.endswith("_B"):
+        elif field.name.endswith(("_B", "_BK")):
             changes[field.name] = value[index_B]
     return dataclasses.replace(batch, **changes)
 

@@ -17,6 +17,7 @@ from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
 from aligner.models.parallel import NetworkPlan
 from aligner.models.policy import Policy
+from aligner.models.reward_model import attributes_of, reward_model_tensors
 from aligner.models.shape import ModelShape
 from aligner.run import config as options
 from aligner.run import distributed
@@ -33,7 +34,8 @@ class Job:
 
     Made first, before anything is loaded: what is wrong with model, tokenizer or layout is told then.
 
-    folder, shape, read: of the model that the run starts from. start: steps that an earlier run has done.
+    folder, shape, read: of the model that the run starts from. attributes: of a reward model, 0 for a language model.
+    start: steps that an earlier run has done.
     """
 
     def __init__(self, program: str, config: ProgramConfig):
@@ -42,9 +44,11 @@ class Job:
         self.program, self.config, self.timers = program, config, Timers()
         self.folder = model_folder(config.model)
         self.shape = ModelShape.from_folder(self.folder)
-        self.read = huggingface.Weights(self.folder, self.shape.tensors())
+        self.attributes = attributes_of(self.folder)
+        tensors = reward_model_tensors(self.shape, self.attributes) if self.attributes else self.shape.tensors()
+        self.read = huggingface.Weights(self.folder, tensors)
         self.tokenizer = load_tokenizer(self.folder)
-        self.encoder = Encoder.of(self.tokenizer, config.data.chat_template)
+        self.encoder = Encoder(self.tokenizer, config.data.template())
         self.start, self.checkpoint = 0, None
 
     def dry_run(self, *plans: NetworkPlan) -> bool:
@@ -80,6 +84,8 @@ class Job:
         folder: Path | None = None,
     ) -> Policy:
         """A policy that starts from the run's model, or from another one; arguments as of models.policy.Policy."""
+        if self.attributes and not folder:
+            raise ValueError(f"{str(self.folder)!r} is a reward model; give --model a language model.")
         shape, read = self.shape, self.read
         if folder:
             shape = ModelShape.from_folder(folder)
@@ -120,7 +126,7 @@ class Job:
         networks: what a checkpoint holds, by name. plain: small values that it holds too.
         export: the tensors of the model that the run leaves in policy/, a Hugging Face directory; changes to its JSON
             files by export_changes, {file: {key: value}}.
-        steps: of the whole run, where --steps does not say it.
+        steps: of the whole run; 0 for --steps.
         """
         c, path = self.config, self.directory.path
 
@@ -140,7 +146,7 @@ class Job:
             return metrics, rows
 
         status = repeat(
-            steps=c.steps or steps,
+            steps=steps or c.steps,
             save_every=c.save_every,
             eval_every=c.eval_every,
             directory=self.directory,

@@ -3,11 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from aligner.data.dataset import Dataset, load
 from aligner.job.config import OfflineConfig
 from aligner.job.job import Job, Logged
+from aligner.job.reference import Reference
 from aligner.models.parallel import NetworkPlan
 from aligner.models.policy import Policy
 
@@ -42,6 +45,7 @@ class OfflineRun:
     policy: Policy
     train: Dataset
     held_out: list
+    reference: Reference | None
 
     def examples(self, number: int) -> list:
         """Of the step with this number, 1-based."""
@@ -56,23 +60,27 @@ def train_offline(
     evaluate: Callable[[OfflineRun, int], Logged],
     *,
     default: Default | None = None,
-    reference: bool = True,
-    prepare: Callable[[OfflineRun], None] | None = None,
+    reference: bool = False,
+    cache: Path | None = None,
+    pack: Callable[[list], Any] | None = None,
 ) -> int:
     """Train the policy by `step(run, number) -> (metrics, rows for samples.jsonl)`. Returns the exit status.
 
     reference: whether a step asks for the reference.
-    prepare: called once, while the policy is still the model that the run starts from.
+    cache: file that keeps what the reference says of every example, as `pack` packs them; None to ask it every time.
     """
     job = Job(program, config)
     if job.dry_run(NetworkPlan(name="policy", shape=job.shape, lora=config.lora)):
         return 0
     train, held_out = load_examples(job, use, default)
     job.begin()
-    policy = job.policy(config.lora, config.optimizer, reference=reference)
-    run = OfflineRun(config, job, policy, train, held_out)
-    if prepare:
-        prepare(run)
+    policy = job.policy(config.lora, config.optimizer, reference=reference and cache is None)
+    run = OfflineRun(config, job, policy, train, held_out, Reference(policy, job.folder, cache) if reference else None)
+    if run.reference and cache:  # the policy still is the model that the run starts from
+        size = config.batch.examples
+        starts = range(0, len(train), size)
+        chunks = ([train[i] for i in range(s, min(s + size, len(train)))] for s in starts)
+        run.reference.precompute(pack(chunk) for chunk in chain(chunks, [held_out] if held_out else []))
     job.restore(policy=policy)
     return job.repeat(
         step=partial(step, run),

@@ -89,3 +89,17 @@ def update_statistics(policy: list[dict[str, float]], value: list[dict[str, floa
         if steps:
             metrics[f"skipped/{who}"] = sum(step["skipped"] for step in steps) / len(steps)
     return metrics
+
+
+def preference_statistics(stats: dict[str, float], prefix: str = "") -> dict[str, float]:
+    """What a loss of the DPO family reports: its implicit rewards are beta (log pi - log pi_ref)."""
+    names = {
+        "loss": "loss",
+        "preference_loss": "loss/preference",
+        "sft_loss": "loss/sft",
+        "accuracy": "accuracy",
+        "reward_chosen": "rewards/chosen",
+        "reward_rejected": "rewards/rejected",
+        "reward_margin": "rewards/margin",
+    }
+    return {prefix + new: float(stats[old]) for old, new in names.items() if old in stats}

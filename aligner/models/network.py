@@ -308,7 +308,7 @@ class Network:
     def weight(self, name: str) -> Tensor | lora.LowRank:
         """The parameter `name` as it is sampled and exported: under its adapter, which whoever reads it merges."""
         adapter = self.adapters.get(name.removesuffix(".weight"))
-        return self.base[name] if adapter is None else adapter.over(self.base[name])
+        return adapter.over(self.base[name]) if adapter and adapter.enabled else self.base[name]
 
     def state_dict(self, *, loading: bool = False) -> dict:
         """What training changes, as checkpoint.training saves it, or with `loading` reads it: on any layout.

@@ -72,7 +72,7 @@ class Policy:
         """
         if not self._has_reference:
             raise ValueError("this policy keeps no reference; make it with reference=True.")
-        with self._reference():
+        with self.as_reference():
             return self.network.run(rollout, self._logprobs, outputs=2)[0]
 
     def update(self, batch, loss: Callable[[Tensor, Tensor, object], tuple[Tensor, Stats]]) -> Stats:
@@ -146,8 +146,8 @@ class Policy:
         return ((name, p) for name, p in self.network.parameters.items() if p.requires_grad)
 
     @contextmanager
-    def _reference(self) -> Iterator[None]:
-        """The reference's weights swapped in, or LoRA off."""
+    def as_reference(self) -> Iterator[None]:
+        """Within it the policy is its reference, for whoever reads its weights: those swapped in, or LoRA off."""
         parameters, adapters = self.network.parameters, self.network.adapters.values()
         trained = {name: parameters[name].detach().clone() for name in self._reference_weights}
         for adapter in adapters:

@@ -63,7 +63,7 @@ def sample_and_score(
     transcript: Transcript,
     reward: Reward | None,
 ) -> Scored:
-    """n responses to each prompt; `reward` gets the texts of a prompt's samples once all of them have finished.
+    """n responses to each prompt; `reward`, if any, gets the texts of a prompt's samples once all of them have finished.
 
     A request holds whole prompts and at least RESPONSES_AT_ONCE responses, except for the last. All ranks call it and
     get all responses: those that have a sampler, one a replica, share the prompts.
@@ -97,7 +97,7 @@ def _sample(sampler, mine, prompts, sampling, n, transcript, reward, requests) -
         texts[n * i + response.sample] = (prompts[i].text, text, prompts[i].metadata)
         unfinished[i] -= 1
         ready = [b for b in texts if not unfinished[b // n]]
-        if ready and (len(ready) >= RESPONSES_AT_ONCE or not any(unfinished.values())):
+        if reward and ready and (len(ready) >= RESPONSES_AT_ONCE or not any(unfinished.values())):
             requests.append((ready, reward.submit(*_columns([texts.pop(b) for b in ready]))))
     return sampled
 
