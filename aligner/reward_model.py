@@ -122,7 +122,7 @@ def correlations(scores_BK: Tensor, ratings_BK: Tensor, prefix: str) -> dict[str
 
 
 def export_changes(job: Job, model: RewardModel) -> dict[str, dict]:
-    """config.json of a classifier; where a response's end pads too, transformers would look for the wrong last token."""
+    """A classifier's files; where the end of a response pads too, transformers would look for the wrong last token."""
     tokenizer = job.tokenizer
     special = [
         token for token in tokenizer.all_special_tokens if token not in (tokenizer.eos_token, tokenizer.bos_token)

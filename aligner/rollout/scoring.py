@@ -63,7 +63,7 @@ def sample_and_score(
     transcript: Transcript,
     reward: Reward | None,
 ) -> Scored:
-    """n responses to each prompt; `reward`, if any, gets the texts of a prompt's samples once all of them have finished.
+    """n responses to each prompt; `reward`, if any, gets the texts of a prompt's samples once all have finished.
 
     A request holds whole prompts and at least RESPONSES_AT_ONCE responses, except for the last. All ranks call it and
     get all responses: those that have a sampler, one a replica, share the prompts.
