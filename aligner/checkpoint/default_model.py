@@ -5,12 +5,12 @@ which the cache keeps.
 """
 
 import importlib.util
-import os
 from pathlib import Path
 
 from filelock import FileLock
 
 from aligner.run.atomic import atomic_folder, recover_folder
+from aligner.run.cache import user_cache
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 ROPE_THETA = 100_000.0
@@ -25,7 +25,7 @@ def default_model(name: str = DEFAULT_MODEL, cache: Path | None = None) -> Path:
     """
     if name != DEFAULT_MODEL:
         raise ValueError(f"{name!r} is no folder and not the default model's name; give a folder or {DEFAULT_MODEL}.")
-    cache = Path(cache) if cache is not None else _user_cache()
+    cache = Path(cache) if cache is not None else user_cache()
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / name
     with FileLock(str(cache / f".{name}.lock")):
@@ -36,10 +36,6 @@ def default_model(name: str = DEFAULT_MODEL, cache: Path | None = None) -> Path:
             with atomic_folder(folder) as temporary:
                 _convert(source, temporary)
     return folder
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aligner"
 
 
 def _gguf() -> Path:

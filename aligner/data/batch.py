@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from aligner.data.examples import Example, Pair
+
 
 class Packed:
     """Base of the batches: slicing by sequence.
@@ -266,6 +268,42 @@ def pack_rollout(
         finished_B=torch.tensor(list(finished), dtype=torch.bool),
         weights_version=weights_version,
     )
+
+
+def pack_examples(examples: Sequence[Example]) -> SupervisedBatch:
+    """Supervised sequences one after the other."""
+    return SupervisedBatch(**_packed([(example.tokens, example.mask) for example in examples]))
+
+
+def pack_pairs(pairs: Sequence[Pair]) -> PairBatch:
+    """Pairs one after the other, the chosen response at 2i, the rejected one at 2i + 1; the mask is the responses'."""
+    examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
+    return PairBatch(**_packed([(example.tokens, example.mask) for example in examples]))
+
+
+def pack_last(sequences: Sequence[Sequence[int]]) -> SupervisedBatch:
+    """Token sequences of which the last token alone is read, by a reward model."""
+    return SupervisedBatch(**_packed([(tokens, _last_alone(tokens)) for tokens in sequences]))
+
+
+def pack_pairs_last(pairs: Sequence[Pair]) -> PairBatch:
+    """As `pack_pairs`, but the last token of each sequence alone is read, by a reward model."""
+    sequences = [example.tokens for pair in pairs for example in (pair.chosen, pair.rejected)]
+    return PairBatch(**_packed([(tokens, _last_alone(tokens)) for tokens in sequences]))
+
+
+def _last_alone(tokens: Sequence[int]) -> list[bool]:
+    return [False] * (len(tokens) - 1) + [True]
+
+
+def _packed(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> dict[str, Tensor]:
+    """The fields of a SupervisedBatch or a PairBatch from (tokens, mask) of each sequence."""
+    counts = torch.tensor([0, *(len(tokens) for tokens, _ in sequences)], dtype=torch.int32)
+    return {
+        "tokens_N": torch.tensor([token for tokens, _ in sequences for token in tokens], dtype=torch.int64),
+        "cu_seqlens": counts.cumsum(0, dtype=torch.int32),
+        "action_mask_N": torch.tensor([learnt for _, mask in sequences for learnt in mask], dtype=torch.bool),
+    }
 
 
 def response_tokens(rollout: Rollout) -> Iterator[tuple[list[int], list[int]]]:

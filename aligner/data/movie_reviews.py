@@ -12,8 +12,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from aligner.data.prompts import Prompt
-
 HELD_OUT_ONE_IN = 10
 MAX_PROMPT_TOKENS = 16  # a few "words" are strings of punctuation or links; a static batch waits for its longest prompt
 
@@ -49,10 +47,12 @@ def labelled_reviews() -> list[Review]:
     return list(reviews.values())
 
 
-def review_prompts(tokenizer, *, min_words: int = 4, max_words: int = 8) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts): the first k words of each IMDb review, raw text without a chat template.
+def review_rows(tokenizer, *, min_words: int = 4, max_words: int = 8) -> tuple[list[dict], list[dict]]:
+    """(training prompts, held-out prompts) as {"text": ..., "review_positive": ...} rows.
 
-    tokenizer: a transformers tokenizer.
+    A prompt is the first k words of an IMDb review, raw text without a chat template.
+
+    tokenizer: a transformers tokenizer; prompts of more than MAX_PROMPT_TOKENS are left out.
     min_words, max_words: words; k lies between them, both included, and is a function of the review's hash.
     A prompt string stands once, and in one of the two lists only. Raises ValueError when the package is missing.
     """
@@ -64,16 +64,16 @@ def review_prompts(tokenizer, *, min_words: int = 4, max_words: int = 8) -> tupl
         words = review.text.split(" ")
         if len(words) > count:
             side = held_out if review.held_out else train
-            side.setdefault(" ".join(words[:count]), {"review_positive": review.positive})
-    train = {text: metadata for text, metadata in train.items() if text not in held_out}
-    return _tokenized(tokenizer, train), _tokenized(tokenizer, held_out)
+            side.setdefault(" ".join(words[:count]), review.positive)
+    train = {text: positive for text, positive in train.items() if text not in held_out}
+    return _short_rows(tokenizer, train), _short_rows(tokenizer, held_out)
 
 
-def _tokenized(tokenizer, texts: dict[str, dict]) -> list[Prompt]:
-    ids = tokenizer(list(texts))["input_ids"]
+def _short_rows(tokenizer, positive: dict[str, bool]) -> list[dict]:
+    ids = tokenizer(list(positive))["input_ids"]
     return [
-        Prompt(text=text, tokens=tuple(tokens), metadata=metadata)
-        for (text, metadata), tokens in zip(texts.items(), ids, strict=True)
+        {"text": text, "review_positive": positive[text]}
+        for text, tokens in zip(positive, ids, strict=True)
         if len(tokens) <= MAX_PROMPT_TOKENS
     ]
 

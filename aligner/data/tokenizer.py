@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
@@ -66,14 +67,30 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """The text a chat model reads for these messages, up to where its own answer begins.
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    chat_template: str | None = None,
+    *,
+    opened: bool = True,
+) -> str:
+    """The text a chat model reads for these messages.
 
     messages: {"role": ..., "content": ...} objects, oldest first.
-    Raises ValueError when the tokenizer has no chat template.
+    chat_template: Jinja text used in place of the tokenizer's own.
+    opened: the text goes on up to where the model's own answer begins.
+    Raises ValueError when the tokenizer has no chat template, or when it refuses the messages.
     """
-    if not tokenizer.chat_template:
+    if not (chat_template or tokenizer.chat_template):
         raise ValueError(
-            'this model\'s tokenizer has no chat template; use raw {"text": ...} prompts or a model tuned for chat.'
+            "this model's tokenizer has no chat template; give one with --data.chat-template FILE, "
+            'use raw text such as {"text": ...} or take a model tuned for chat.'
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=opened, chat_template=chat_template
+        )
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the chat template is not valid Jinja ({error}); repair --data.chat-template.") from None
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages ({error}); change the messages.") from None

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def atomic_write(path: Path, content: str | bytes) -> None:
+def atomic_write(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file through a temporary sibling: readers see the old content or the new, never a part.
 
     path: the file; its folder must exist.
