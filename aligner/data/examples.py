@@ -1,6 +1,7 @@
 """What a line of data becomes: one frozen class per way of training."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Tokens = tuple[int, ...]
@@ -42,6 +43,11 @@ class Example:
     def length(self) -> int:
         """Tokens."""
         return len(self.tokens)
+
+    @staticmethod
+    def of(prompt: Sequence[int], response: Sequence[int]) -> "Example":
+        """A prompt and the response that is learnt."""
+        return Example(tokens=(*prompt, *response), mask=(False,) * len(prompt) + (True,) * len(response))
 
     def split(self) -> tuple[Tokens, Tokens]:
         """(prompt, response): the response is the last run of learnt tokens, the prompt all that stands before it."""

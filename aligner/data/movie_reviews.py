@@ -9,6 +9,7 @@ import hashlib
 import html
 import importlib.util
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def labelled_reviews() -> list[Review]:
     return list(reviews.values())
 
 
-def review_rows(tokenizer, *, min_words: int = 4, max_words: int = 8) -> tuple[list[dict], list[dict]]:
+def review_prompt_rows(tokenizer, *, min_words: int = 4, max_words: int = 8) -> tuple[list[dict], list[dict]]:
     """(training prompts, held-out prompts) as {"text": ..., "review_positive": ...} rows.
 
     A prompt is the first k words of an IMDb review, raw text without a chat template.
@@ -57,16 +58,35 @@ def review_rows(tokenizer, *, min_words: int = 4, max_words: int = 8) -> tuple[l
     A prompt string stands once, and in one of the two lists only. Raises ValueError when the package is missing.
     """
     train, held_out = {}, {}
-    for review in labelled_reviews():
-        if review.source != "imdb":
-            continue
-        count = min_words + _digest(review.text) // HELD_OUT_ONE_IN % (max_words - min_words + 1)
-        words = review.text.split(" ")
-        if len(words) > count:
-            side = held_out if review.held_out else train
-            side.setdefault(" ".join(words[:count]), review.positive)
+    for review, words, count in _imdb(min_words, max_words):
+        side = held_out if review.held_out else train
+        side.setdefault(" ".join(words[:count]), review.positive)
     train = {text: positive for text, positive in train.items() if text not in held_out}
     return _short_rows(tokenizer, train), _short_rows(tokenizer, held_out)
+
+
+def review_rows(*, max_words: int = 48) -> tuple[list[dict], list[dict]]:
+    """(training reviews, held-out ones) as {"prompt", "completion"} rows.
+
+    The prompt is that of review_prompt_rows, and the completion goes on to the last sentence that ends within
+    max_words words of the review; a review without one is left out.
+    """
+    sides: tuple[list[dict], list[dict]] = ([], [])
+    for review, words, count in _imdb(4, 8):
+        ends = [i for i in range(count + 4, min(len(words), max_words)) if words[i].endswith((".", "!", "?"))]
+        if ends:
+            completion = " " + " ".join(words[count : ends[-1] + 1])
+            sides[review.held_out].append({"prompt": " ".join(words[:count]), "completion": completion})
+    return sides
+
+
+def _imdb(min_words: int, max_words: int) -> Iterator[tuple[Review, list[str], int]]:
+    """(review, its words, how many of them are its prompt)."""
+    for review in labelled_reviews():
+        words = review.text.split(" ")
+        count = min_words + _digest(review.text) // HELD_OUT_ONE_IN % (max_words - min_words + 1)
+        if review.source == "imdb" and len(words) > count:
+            yield review, words, count
 
 
 def _short_rows(tokenizer, positive: dict[str, bool]) -> list[dict]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aligner.data.batch import Rollout, concatenate
-from aligner.data.prompts import Prompt
+from aligner.data.examples import Prompt
 from aligner.rollout.sampling import Response, Sampler, Sampling, pack_responses
 from aligner.rollout.transcript import Texts, Transcript
 from aligner.run import distributed

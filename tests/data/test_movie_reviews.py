@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from aligner.data import movie_reviews
-from aligner.data.movie_reviews import labelled_reviews, review_rows
+from aligner.data.movie_reviews import labelled_reviews, review_prompt_rows
 
 
 def words_as_tokens(texts):
@@ -50,12 +50,12 @@ def test_the_split_is_the_hash(small_csv):
 def test_a_prompt_that_two_reviews_share_stands_on_the_held_out_side_alone(small_csv):
     texts = [f"the very same opening words of this film {i}" for i in range(60)]
     small_csv(*((text, "1", "imdb") for text in texts))
-    train, test = review_rows(words_as_tokens, min_words=5, max_words=5)
+    train, test = review_prompt_rows(words_as_tokens, min_words=5, max_words=5)
     assert [p["text"] for p in train] == [] and [p["text"] for p in test] == ["the very same opening words"]
 
 
 def test_prompts_of_the_package():
-    train, test = review_rows(words_as_tokens)
+    train, test = review_prompt_rows(words_as_tokens)
     texts = [p["text"] for p in train + test]
     assert len(set(texts)) == len(texts)
     assert len(train) > 20_000 and 2_000 < len(test) < 3_000

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from aligner.data.batch import response_tokens
-from aligner.data.prompts import Prompt
+from aligner.data.examples import Prompt
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from aligner.rollout.scoring import RESPONSES_AT_ONCE, sample_and_score
