@@ -84,7 +84,7 @@ def step(run: OnlineRun, number: int) -> Logged:
 
 def best(rewards_B: Tensor, samples_per_prompt: int, top_n: int) -> list[int]:
     """Sequences of the top_n largest rewards of each prompt, in their order; of equal ones the earlier."""
-    order = (-rewards_B.view(-1, samples_per_prompt)).argsort(1, stable=True)[:, :top_n].sort(1).values
+    order = (-rewards_B.view(-1, samples_per_prompt)).argsort(dim=1, stable=True)[:, :top_n].sort(1).values
     return (order + samples_per_prompt * torch.arange(len(order))[:, None]).flatten().tolist()
 
 
