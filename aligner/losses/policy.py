@@ -157,7 +157,7 @@ def group_policy_loss(
         if not (clip_low >= 0 and clip_high >= 0):
             raise ValueError(f"group_policy_loss: clip_low is {clip_low}, clip_high is {clip_high}, expected >= 0.")
         bounds = (1 - clip_low, 1 + clip_high)
-        ratio_N = torch.where(batch.weights_N != 0, logprobs_N.detach() - batch.old_logprobs_N, 0).exp()
+        ratio_N = (logprobs_N.detach() - batch.old_logprobs_N).exp()
         return _score_loss(logprobs_N, entropy_N, batch, num, bounds, ratio_N.clamp(*bounds), **shared)
     if ratio != "token":
         raise ValueError(f"group_policy_loss: ratio is {ratio!r}, expected token, sequence or cispo.")

@@ -332,6 +332,7 @@ def test_sampler_correction_by_hand():
     assert torch.allclose(correct(kind="tis"), torch.tensor([0.25, 0.5, 3, 3, 1, 1]))
     assert torch.allclose(correct(kind="icepop"), torch.tensor([0.0, 0.5, 3, 0, 1, 1]))
     assert not correct(kind="tis").requires_grad
+    assert torch.allclose(correct(kind="tis", low=0.0, high=0.4), torch.tensor([0.25, 0.4, 0.4, 0.4, 1, 1]))
     far = {"low": 0.5, "high": 2.0}  # exp overflows
     assert sampler_correction(torch.tensor([0.0]), torch.tensor([-200.0]), mask_N[:1], kind="tis", **far) == 2
     assert sampler_correction(torch.tensor([0.0]), torch.tensor([-200.0]), mask_N[:1], kind="icepop", **far) == 0

@@ -13,10 +13,10 @@ def logit(p: float) -> float:
 
 
 def test_calibration_by_hand():
-    # Bins of width 1/20 from 1/2: two pairs at 0.62 and 0.64, of which one is right; three at 0.91, all wrong.
-    d = torch.tensor([logit(0.62), -logit(0.64), -logit(0.91), -logit(0.91), -logit(0.91)])
-    rejected = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0])
-    expected = 2 / 5 * abs(0.5 - 0.63) + 3 / 5 * 0.91
+    # Bins of width 1/20 from 1/2: 0.62 right and 0.64 wrong, alone 0.67 right, three times 0.91 wrong.
+    d = torch.tensor([logit(0.62), -logit(0.64), logit(0.67), -logit(0.91), -logit(0.91), -logit(0.91)])
+    rejected = torch.arange(6.0)
+    expected = (2 * (0.63 - 0.5) + (1 - 0.67) + 3 * 0.91) / 6
     assert calibration(rejected + d, rejected) == pytest.approx(expected, rel=1e-4)
 
 
