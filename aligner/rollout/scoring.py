@@ -1,5 +1,6 @@
 """Sampling and scoring side by side: rewards are asked for while other responses are still being decoded."""
 
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -66,7 +67,8 @@ def sample_and_score(
     """n responses to each prompt; `reward`, if any, gets the texts of a prompt's samples once all have finished.
 
     A request holds whole prompts and at least RESPONSES_AT_ONCE responses, except for the last. All ranks call it and
-    get all responses: those that have a sampler, one a replica, share the prompts.
+    get all responses: those that have a sampler, one a replica, share the prompts. A prompt that comes twice is given
+    other responses the second time.
     """
     here = distributed.place()
     mine = [] if sampler is None else list(range(here.data, len(prompts), here.replicas))
@@ -90,8 +92,7 @@ def _sample(sampler, mine, prompts, sampling, n, transcript, reward, requests) -
     sampled: list[tuple[Response, str]] = []
     unfinished = dict.fromkeys(mine, n)
     texts: dict[int, tuple[str, str, dict]] = {}
-    for response in sampler.stream([list(prompts[i].tokens) for i in mine], sampling, n):
-        i = mine[response.prompt]
+    for i, response in _streams(sampler, mine, prompts, sampling, n):
         text = transcript.decode(response.tokens)
         sampled.append((replace(response, prompt=i), text))
         texts[n * i + response.sample] = (prompts[i].text, text, prompts[i].metadata)
@@ -100,6 +101,21 @@ def _sample(sampler, mine, prompts, sampling, n, transcript, reward, requests) -
         if reward and ready and (len(ready) >= RESPONSES_AT_ONCE or not any(unfinished.values())):
             requests.append((ready, reward.submit(*_columns([texts.pop(b) for b in ready]))))
     return sampled
+
+
+def _streams(sampler, mine: list[int], prompts: list[Prompt], sampling: Sampling, n: int):
+    """(prompt index, response). Random streams come from a prompt's tokens: where it comes again, the seed changes."""
+    seen: Counter = Counter()
+    rounds: dict[int, list[int]] = {}
+    wanted = set(mine)
+    for i, prompt in enumerate(prompts):  # of all ranks, so that the layout changes nothing
+        if i in wanted:
+            rounds.setdefault(seen[prompt.tokens], []).append(i)
+        seen[prompt.tokens] += 1
+    for again, members in sorted(rounds.items()):
+        settings = replace(sampling, seed=sampling.seed ^ (again << 48))
+        for response in sampler.stream([list(prompts[i].tokens) for i in members], settings, n):
+            yield members[response.prompt], response
 
 
 def _columns(rows: list[tuple[str, str, dict]]) -> Texts:
