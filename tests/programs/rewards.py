@@ -54,3 +54,11 @@ class BreaksInStep2:
 def bandit(prompts, responses, metadata):
     """log w of the task in bandit.py."""
     return [math.log(weight(text.strip())) for text in responses]
+
+
+def digits(prompts, responses, metadata):
+    return [sum(int(c) for c in text if c.isdigit()) / 10 for text in responses]
+
+
+def has_a_seven(prompts, responses, metadata):
+    return [float("7" in text) for text in responses]
