@@ -104,15 +104,18 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def run(rank: int, world: int, folder: Path, layouts: dict[str, dict]) -> None:
-    """One rank of every program in every layout; the runs are folder/<layout>-<program>."""
+def run(rank: int, world: int, folder: Path, layouts: dict[str, tuple[dict, int]]) -> None:
+    """One rank of every program in every layout; the runs are folder/<layout>-<program>.
+
+    layouts: (options, LoRA's rank) of each.
+    """
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    for name, options in layouts.items():
+    for name, (options, lora) in layouts.items():
         dist.init_process_group("gloo", init_method=f"file://{folder}/{name}.meeting", rank=rank, world_size=world)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             for program in PROGRAMS:
-                command = program.command(folder, STEPS, rank=0) | options
+                command = program.command(folder, STEPS, rank=lora) | options
                 runs.run(program.name, folder / f"{name}-{program.name}", command)
         dist.barrier()
         parallel_state.destroy_model_parallel()

@@ -1,6 +1,7 @@
 """What holds for every training program: layouts, resume, LoRA and all weights, --dry-run. every.py has the table."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,7 +17,12 @@ from tests.programs.runs import metrics, run, samples, start
 
 pytestmark = pytest.mark.slow
 
-LAYOUTS = {"tensor": {"parallel.tensor": 2}, "data": {}}
+LAYOUTS = {  # options and LoRA's rank
+    "tensor": ({"parallel.tensor": 2}, 0),
+    "tensor-lora": ({"parallel.tensor": 2}, 4),
+    "data": ({}, 0),
+}
+MORE = STEPS + 2  # steps of the runs in one process
 OF_THE_LAYOUT = ("padding/", "sampler_gap/")  # what a layout may change: shares of padding, and rounding alone
 every_program = pytest.mark.parametrize("program", PROGRAMS, ids=NAMES)
 
@@ -27,9 +33,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Path]:
-    """Every program in one process, all weights trained."""
-    return {p.name: run(p.name, folder / f"alone-{p.name}", p.command(folder, STEPS, rank=0)) for p in PROGRAMS}
+def alone(folder: Path) -> dict[tuple[str, int], Path]:
+    """Every program in one process, without a break, by LoRA's rank, 0 for all weights."""
+    return {
+        (p.name, rank): run(p.name, folder / f"alone-{p.name}-{rank}", p.command(folder, MORE, rank=rank))
+        for p in PROGRAMS
+        for rank in (0, 4)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +55,17 @@ def together(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def straight(folder: Path) -> dict[str, Path]:
-    """Every program in one process by LoRA, without a break."""
+def straight(folder: Path, alone) -> dict[str, Path]:
+    """The same by LoRA, with options that a resume must not forget."""
     return {
-        p.name: run(p.name, folder / f"straight-{p.name}", p.command(folder, 6, rank=4) | WITH.get(p.name, {}))
+        p.name: run(p.name, folder / f"straight-{p.name}", p.command(folder, MORE, rank=4) | WITH[p.name])
+        if p.name in WITH
+        else alone[p.name, 4]
         for p in PROGRAMS
     }
 
 
-WITH = {  # what a resume must not forget
+WITH = {
     "ppo": {"kl-target": 0.01, "kl-horizon": 20},
     "grpo": {"dynamic-sampling": 3, "reward.function": "tests.programs.rewards:has_a_seven"},
     "reinforce": {"optimizer.warmup-steps": 2, "optimizer.decay-steps": 5},
@@ -74,27 +86,38 @@ def check_same(one: Path, other: Path) -> None:
         assert samples(one) == samples(other)
 
 
+def check_close(rows: list[dict], wanted: list[dict]) -> None:
+    for row, want in zip(rows, wanted, strict=True):
+        assert row.keys() == want.keys() and len(row) > (1 if row["step"] == 0 else 4)
+        for name in (name for name in want if not name.startswith(OF_THE_LAYOUT)):
+            assert row[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), (row["step"], name)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_program
 def test_two_processes_train_as_one_does(program: Program, layout: str, alone, together):
-    two, one = together / f"{layout}-{program.name}", alone[program.name]
-    rows, wanted = metrics(two), metrics(one)
-    assert [row["step"] for row in rows] == list(range(STEPS + 1)) == [row["step"] for row in wanted]
-    for row, want in zip(rows, wanted, strict=True):
-        assert row.keys() == want.keys() and len(row) > (0 if row["step"] == 0 else 4)
-        for name in (name for name in want if not name.startswith(OF_THE_LAYOUT)):
-            assert row[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), (row["step"], name)
+    two, one = together / f"{layout}-{program.name}", alone[program.name, LAYOUTS[layout][1]]
+    assert [row["step"] for row in metrics(two)] == list(range(STEPS + 1))
+    check_close(metrics(two), metrics(one)[: STEPS + 1])
     if program.online:
-        said = [[row["response"] for row in samples(done)] for done in (two, one)]
+        said = [[row["response"] for row in samples(done) if row["step"] <= STEPS] for done in (two, one)]
         assert said[0] == said[1] and len(set(said[0])) > 8
-    mine, theirs = weights(two / "policy"), weights(one / "policy")
+
+
+@every_program
+def test_a_run_of_two_tensor_ranks_goes_on_in_one_process(program: Program, folder: Path, alone, together, tmp_path):
+    shutil.copytree(together / f"tensor-lora-{program.name}", tmp_path / "run")
+    done = run(program.name, tmp_path / "run", program.command(folder, MORE, rank=4) | {"resume": True})
+    assert [row["step"] for row in metrics(done)] == list(range(MORE + 1))
+    check_close(metrics(done), metrics(alone[program.name, 4]))
+    mine, theirs = (weights(run / "policy") for run in (done, alone[program.name, 4]))
     assert all(torch.allclose(tensor, theirs[name], rtol=1e-3, atol=1e-4) for name, tensor in mine.items())
 
 
 @every_program
-def test_all_weights_or_adapters_alone_are_trained(program: Program, folder: Path, alone, straight):
+def test_all_weights_or_adapters_alone_are_trained(program: Program, folder: Path, alone):
     before = weights(folder / "model")
-    full, lora = (weights(done[program.name] / "policy") for done in (alone, straight))
+    full, lora = (weights(alone[program.name, rank] / "policy") for rank in (0, 4))
     moved = {name: not torch.equal(tensor, full[name]) for name, tensor in before.items()}
     assert all(moved.values()), [name for name, has in moved.items() if not has]
     for name, tensor in before.items():
@@ -104,19 +127,20 @@ def test_all_weights_or_adapters_alone_are_trained(program: Program, folder: Pat
 
 @every_program
 def test_a_run_that_stops_goes_on_as_if_it_had_not(program: Program, folder: Path, straight, tmp_path):
-    whole = program.command(folder, 6, rank=4) | WITH.get(program.name, {})
+    whole = program.command(folder, MORE, rank=4) | WITH.get(program.name, {})
     done = run(program.name, tmp_path / "run", whole | program.steps(2))
     assert len(metrics(done)) == 3
     run(program.name, done, whole | {"resume": True})
     check_same(done, straight[program.name])
     rows = metrics(done)
     if program.name == "ppo":  # what the rest hangs on was there
-        assert len({row["kl_coef"] for row in rows[1:]}) == 6
+        assert len({row["kl_coef"] for row in rows[1:]}) == MORE
     if program.name == "grpo":
         assert len({row["groups/batches_tried"] for row in rows[1:]}) > 1
 
 
-def test_spin_goes_on_within_an_iteration(folder: Path, straight, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_spin_goes_on_within_an_iteration(folder: Path, alone, tmp_path, monkeypatch, rank: int):
     """Its reference has moved twice, and the opponent is no longer the policy."""
     (program,) = (p for p in PROGRAMS if p.name == "spin")
     calls, pairs = [], spin.pairs
@@ -128,12 +152,12 @@ def test_spin_goes_on_within_an_iteration(folder: Path, straight, tmp_path, monk
         return pairs(*arguments)
 
     monkeypatch.setattr(spin, "pairs", stopping)
-    command = program.command(folder, 6, rank=4)
+    command = program.command(folder, MORE, rank=rank)
     assert start("spin", tmp_path / "run", command) == 130
     assert [row.get("iteration") for row in metrics(tmp_path / "run")] == [None, 0, 0, 1, 1, 2]
     run("spin", tmp_path / "run", command | {"resume": True})
     assert len(calls) == 6
-    check_same(tmp_path / "run", straight["spin"])
+    check_same(tmp_path / "run", alone["spin", rank])
 
 
 @every_program
