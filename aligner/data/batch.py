@@ -220,6 +220,18 @@ class ExampleBatchConfig:
             raise ValueError("batch.examples and batch.tokens-per-micro-batch must be 1 or more.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToolBatchConfig:
+    prompts: int = 64
+    """Prompts that are worked on at once."""
+    tokens_per_micro_batch: int = 1024
+    """Tokens of all sequences in one forward pass; changes memory and speed only."""
+
+    def __post_init__(self):
+        if min(self.prompts, self.tokens_per_micro_batch) < 1:
+            raise ValueError("batch.prompts and batch.tokens-per-micro-batch must be 1 or more.")
+
+
 def _pick(batch, index_N: Tensor, index_B: Tensor, cu_seqlens: Tensor):
     changes = {}
     for field in dataclasses.fields(batch):

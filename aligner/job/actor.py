@@ -1,5 +1,6 @@
 """The sampling side of an online run: prompts, the sampler and its refit, rewards, evaluation on held-out prompts."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,16 +35,8 @@ from aligner.serving.rewards import Rewards
 def load_prompts(job: Job) -> tuple[Dataset, list[Prompt]]:
     """Training prompts and held-out ones; by default the opening words of IMDb reviews."""
     c: OnlineConfig = job.config
-    room = job.shape.context - c.sampling.max_tokens
-    train, held_out = load(
-        c.data,
-        c.eval_data,
-        PROMPTS,
-        job.encoder,
-        room=room,
-        seed=c.seed,
-        default=lambda: review_prompt_rows(job.tokenizer),
-    )
+    room, default = job.shape.context - c.sampling.max_tokens, partial(review_prompt_rows, job.tokenizer)
+    train, held_out = load(c.data, c.eval_data, PROMPTS, job.encoder, room=room, seed=c.seed, default=default)
     train.batch(0, c.batch.sequences // c.batch.samples_per_prompt)
     return train, held_out.first(c.eval_prompts) if held_out and c.eval_prompts else []
 
@@ -84,10 +77,13 @@ class Actor:
 
     All ranks make it and call its methods together.
 
+    train, held_out: prompts. rewards: None to have nothing scored.
     offloaded: networks whose optimizer leaves the device while responses are sampled, with --parallel.offload.
     """
 
-    def __init__(self, job: Job, policy: Policy, train: Dataset, held_out: list[Prompt], rewards: Rewards, *offloaded):
+    def __init__(
+        self, job: Job, policy: Policy, train: Dataset, held_out: list[Prompt], rewards: Rewards | None, *offloaded
+    ):
         self.job, self.config, self.policy, self.rewards = job, job.config, policy, rewards
         self.train, self.held_out = train, held_out
         self.transcript = Transcript(job.tokenizer)
@@ -104,9 +100,10 @@ class Actor:
         """config.batch.samples_per_prompt responses to each prompt; rewards are on their way."""
         for network in self._offloaded:
             network.offload.leave()
-        return self._sample(prompts, self.config.batch.samples_per_prompt, seed)
+        return self.answer(prompts, self.config.batch.samples_per_prompt, seed)
 
-    def _sample(self, prompts: list[Prompt], n: int, seed: int) -> Scored:
+    def answer(self, prompts: list[Prompt], n: int, seed: int) -> Scored:
+        """n responses to each prompt; rewards are on their way."""
         sampling = self.config.sampling.sampling(seed, self.transcript.stop)
         return sample_and_score(self.replica.sampler, prompts, sampling, n, self.transcript, self.rewards)
 
@@ -140,7 +137,7 @@ class Actor:
         """Reward and KL on held-out prompts; every call draws with the same seeds."""
         if not self.held_out:
             return {}, []
-        scored = self._sample(self.held_out, 1, self.config.seed)
+        scored = self.answer(self.held_out, 1, self.config.seed)
         rollout, rewards_B = scored.rollout, self.raw_rewards(scored)
         log_ratio_N = torch.zeros_like(rollout.sampler_logprobs_N)
         if rollout.weights_version:  # before the first update the policy is the reference
