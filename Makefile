@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup ppo test test-unit test-distributed-full test-gpu lint format bench clean
+.PHONY: setup ppo test test-unit test-distributed-full test-gpu lint format bench frontier clean
 
 setup: .venv/.installed
 
@@ -49,6 +49,10 @@ format: setup
 
 bench: setup
 	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+# Reward against KL of every method from one SFT model: hours.
+frontier: setup
+	$(BIN)/python benchmarks/frontier.py
 
 clean:
 	rm -rf .venv build *.egg-info aligner/_C.so aligner/_engine*.so

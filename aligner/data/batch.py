@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from aligner.data.examples import Example, Pair
+from aligner.data.examples import Example, Pair, Taught
 
 
 class Packed:
@@ -159,6 +159,34 @@ class RatedBatch(SupervisedBatch):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaughtBatch(SupervisedBatch):
+    """Sequences with a teacher's logits.
+
+    topk_ids_NK: (N, K) int64, its likeliest tokens in place of each masked token; 0 elsewhere.
+    topk_logits_NK: (N, K) float32, their logits.
+    log_sum_N: (N,) float32, nats, of all its logits; None where the data does not have it.
+    """
+
+    topk_ids_NK: Tensor
+    topk_logits_NK: Tensor
+    log_sum_N: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerBatch(SupervisedBatch):
+    """Several responses to each prompt, for SteerLM 2: those of one prompt are neighbours.
+
+    together: how many.
+    target_log_weights_B: (B,) float32, nats, unnormalised: log P(a | x, y) + log P(y | x) - log Q(y | a, x).
+    proposal_logprobs_B: (B,) float32, nats, log Q(y | a, x).
+    """
+
+    together: int
+    target_log_weights_B: Tensor
+    proposal_logprobs_B: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceBatch(PairBatch):
     """Pairs with what the reference says of them.
 
@@ -291,6 +319,18 @@ def pack_pairs(pairs: Sequence[Pair]) -> PairBatch:
     """Pairs one after the other, the chosen response at 2i, the rejected one at 2i + 1; the mask is the responses'."""
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
     return PairBatch(**_packed([(example.tokens, example.mask) for example in examples]))
+
+
+def pack_taught(examples: Sequence[Taught]) -> TaughtBatch:
+    """Sequences with a teacher's logits one after the other."""
+    joined = {name: [x for e in examples for x in getattr(e, name)] for name in ("topk_ids", "topk_logits")}
+    known = examples[0].log_sum is not None
+    return TaughtBatch(
+        **_packed([(example.tokens, example.mask) for example in examples]),
+        topk_ids_NK=torch.tensor(joined["topk_ids"], dtype=torch.int64),
+        topk_logits_NK=torch.tensor(joined["topk_logits"], dtype=torch.float32),
+        log_sum_N=torch.tensor([x for e in examples for x in e.log_sum]) if known else None,
+    )
 
 
 def pack_last(sequences: Sequence[Sequence[int]]) -> SupervisedBatch:

@@ -34,10 +34,16 @@ class JobConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToolConfig(JobConfig):
-    """Options of tools that sample and score, and train nothing."""
+class ModelToolConfig(JobConfig):
+    """Options of tools that run a model, and train nothing."""
 
     batch: ToolBatchConfig = field(default_factory=ToolBatchConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolConfig(ModelToolConfig):
+    """Options of tools that sample and score."""
+
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_tokens=64))
     reward: RewardConfig = field(default_factory=RewardConfig)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 from aligner.data.dataset import Dataset
@@ -12,7 +13,7 @@ from aligner.job.actor import Actor, load_rewards
 from aligner.job.config import ToolConfig
 from aligner.job.job import Job
 from aligner.models.lora import LoRAConfig
-from aligner.run.atomic import atomic_write
+from aligner.run.atomic import atomic_file
 from aligner.run.distributed import agree, is_main
 
 FROZEN = {"lora": LoRAConfig(rank=0), "optimizer": None, "reference": False}  # of policies that are never trained
@@ -44,7 +45,25 @@ def check_output(path: Path) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> int:
-    """Write JSON lines, once and whole, on the first rank. Returns how many."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    agree(lambda: atomic_write(Path(path), "".join(lines)) if is_main() else None)
-    return len(lines)
+    """Write JSON lines as they come; the file is there once all are. Returns how many.
+
+    Every rank exhausts `rows`, which the first one writes.
+    """
+    count, failure = 0, None
+    with ExitStack() as stack:
+        file = agree(lambda: stack.enter_context(atomic_file(Path(path))) if is_main() else None)
+        for row in rows:
+            count += 1
+            if file is not None and failure is None:
+                try:
+                    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                except OSError as error:  # the other ranks wait for this one's part of the rows
+                    failure = error
+
+        def finish() -> None:
+            if failure:
+                raise failure
+            stack.close()
+
+        agree(finish)
+    return count
