@@ -22,7 +22,7 @@ from aligner.data.jsonl import JsonLines
 from aligner.job.actor import Actor
 from aligner.job.config import ModelToolConfig
 from aligner.job.job import Job
-from aligner.job.tool import FROZEN, check_output, write_rows
+from aligner.job.tool import FROZEN, check_output, silent_actor, write_rows
 from aligner.models.lora import LoRAConfig
 from aligner.models.policy import Policy
 from aligner.models.reward_model import RewardModel, attributes_of, reward_model_tensors
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
             "take the attribute model that wrote them."
         )
     job.join()
-    actor = Actor(job, job.policy(temperature=config.sampling.temperature, **FROZEN), None, [], None)
+    actor = silent_actor(job)
     base = job.policy(temperature=config.sampling.temperature, folder=base_folder, **FROZEN)
     read = huggingface.Weights(folder, reward_model_tensors(shape, attributes))
     frozen = {"lora": LoRAConfig(rank=0), "optimizer": None}

@@ -13,6 +13,7 @@ from aligner.job.actor import Actor, load_rewards
 from aligner.job.config import ToolConfig
 from aligner.job.job import Job
 from aligner.models.lora import LoRAConfig
+from aligner.models.policy import Policy
 from aligner.run.atomic import atomic_file
 from aligner.run.distributed import agree, is_main
 
@@ -29,10 +30,18 @@ def open_prompts(job: Job, count: int = 0, *, held_out: bool = False) -> list[li
     return [prompts[i : i + c.batch.prompts] for i in range(0, len(prompts), c.batch.prompts)]
 
 
-def sampling_actor(job: Job, *, scored: bool = True) -> Actor:
-    """The run's model behind the sampler, and its rewards if they are asked for."""
-    rewards = load_rewards(job, job.config.reward) if scored else None
-    return Actor(job, job.policy(temperature=job.config.sampling.temperature, **FROZEN), None, [], rewards)
+def sampling_actor(job: Job) -> Actor:
+    """The run's model behind the sampler, and the rewards that --reward names."""
+    return Actor(job, _model(job), None, [], load_rewards(job, job.config.reward))
+
+
+def silent_actor(job: Job) -> Actor:
+    """The run's model behind the sampler; nothing is scored."""
+    return Actor(job, _model(job), None, [], None)
+
+
+def _model(job: Job) -> Policy:
+    return job.policy(temperature=job.config.sampling.temperature, **FROZEN)
 
 
 def check_output(path: Path) -> None:
