@@ -1,4 +1,4 @@
-r"""Constitutional AI data: `python -m aligner.constitutional --stage revise --data prompts.jsonl --output revised.jsonl`.
+r"""Constitutional AI data: `python -m aligner.constitutional --stage revise --data prompts.jsonl --output new.jsonl`.
 
     revise: the model answers, criticises its answer by a principle drawn for it, rewrites it; the last revision of each
             prompt is written as a chat, for aligner.sft

@@ -294,16 +294,16 @@ def pack_rollout(
     weights_version: int,
 ) -> Rollout:
     """Concatenate prompt/response pairs into one packed Rollout; arguments are aligned lists, one entry a sequence."""
-    tokens, mask, sampled, counts = [], [], [], [0]
-    for prompt, response, nats in zip(prompts, responses, logprobs, strict=True):
-        tokens += [*prompt, *response]
-        mask += [False] * len(prompt) + [True] * len(response)
-        sampled += [0.0] * len(prompt) + list(nats)
-        counts.append(len(prompt) + len(response))
+    pairs = zip(prompts, responses, logprobs, strict=True)
+    return pack_turns([(p, r, [True] * len(r), nats) for p, r, nats in pairs], finished, weights_version)
+
+
+def pack_turns(sequences: Sequence[tuple], finished: Sequence[bool], weights_version: int) -> Rollout:
+    """One packed Rollout of (prompt, tokens after it, which of these are actions, their log-probabilities)."""
+    mask = [([False] * len(prompt) + list(actions)) for prompt, _, actions, _ in sequences]
+    sampled = [x for prompt, _, _, nats in sequences for x in ([0.0] * len(prompt) + list(nats))]
     return Rollout(
-        tokens_N=torch.tensor(tokens, dtype=torch.int64),
-        cu_seqlens=torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        action_mask_N=torch.tensor(mask, dtype=torch.bool),
+        **_packed([((*sequence[0], *sequence[1]), m) for sequence, m in zip(sequences, mask, strict=True)]),
         sampler_logprobs_N=torch.tensor(sampled, dtype=torch.float32),
         finished_B=torch.tensor(list(finished), dtype=torch.bool),
         weights_version=weights_version,

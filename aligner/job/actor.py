@@ -23,6 +23,7 @@ from aligner.models.policy import Policy
 from aligner.models.reward_model import RewardModel, attributes_of, reward_model_tensors
 from aligner.models.shape import ModelShape
 from aligner.refit.replica import Replica
+from aligner.rollout.conversation import Dialogue, EnvironmentConfig, load_environment
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.scoring import Scored, sample_and_score
 from aligner.rollout.transcript import Transcript
@@ -91,6 +92,14 @@ class Actor:
         dtype = self.config.sampling.dtype
         self.replica = Replica(policy, lambda: NativeSampler(policy.shape, dtype=dtype, tokenizer=job.folder))
         self.replica.refit(job.start)
+        self._dialogue = agree(lambda: self._load_dialogue())
+
+    def _load_dialogue(self) -> Dialogue | None:
+        c: EnvironmentConfig = getattr(self.config, "environment", EnvironmentConfig())
+        if not c.function or self.replica.sampler is None:
+            return None
+        environment = load_environment(c.function)
+        return Dialogue(environment=environment, encoder=self.job.encoder, max_turns=c.max_turns)
 
     def prompts(self, batch: int) -> list[Prompt]:
         """Of the batch with this number, 0-based."""
@@ -105,7 +114,8 @@ class Actor:
     def answer(self, prompts: list[Prompt], n: int, seed: int) -> Scored:
         """n responses to each prompt; rewards are on their way."""
         sampling = self.config.sampling.sampling(seed, self.transcript.stop)
-        return sample_and_score(self.replica.sampler, prompts, sampling, n, self.transcript, self.rewards)
+        shared = (self.transcript, self.rewards, self._dialogue)
+        return sample_and_score(self.replica.sampler, prompts, sampling, n, *shared)
 
     def raw_rewards(self, scored: Scored) -> Tensor:
         """(B,) float32, reward units: waits for the functions, asks the models."""

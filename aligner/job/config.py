@@ -8,6 +8,7 @@ from aligner.data.batch import BatchConfig, ExampleBatchConfig, ToolBatchConfig
 from aligner.data.dataset import DataConfig
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
+from aligner.rollout.conversation import EnvironmentConfig
 from aligner.rollout.sampling import SamplingConfig
 from aligner.run.distributed import ParallelConfig
 from aligner.serving.reward import RewardConfig
@@ -95,6 +96,7 @@ class OnlineConfig(ProgramConfig):
     batch: BatchConfig = field(default_factory=BatchConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
 
     def __post_init__(self):
         super().__post_init__()
