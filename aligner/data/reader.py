@@ -61,7 +61,7 @@ class Reader:
     def _check_format(self, number: int, row: dict) -> None:
         found = self._format(number, row)
         if found is not self.format:
-            names = [f'{f.name} ({", ".join(map(repr, f.keys))})' for f in (found, self.format)]
+            names = [f"{f.name} ({', '.join(map(repr, f.keys))})" for f in (found, self.format)]
             raise ValueError(
                 f"{self.lines.where(number)}: got the format {names[0]}, but the file began with {names[1]}; "
                 "put the formats into files of their own."
@@ -79,5 +79,5 @@ def check_width(where: str, example, first: tuple[int, str] | None) -> tuple[int
     elif isinstance(example, Taught):
         found = len(example.topk_ids[0]), "logits of the teacher at each place"
     if first and found != first:
-        raise ValueError(f"{where}: got {found[0]} {found[1]}, but examples before it have {first[0]}; give all as many.")
+        raise ValueError(f"{where}: got {found[0]} {found[1]}, but the ones before have {first[0]}; give all as many.")
     return first or found
