@@ -8,7 +8,7 @@ import pytest
 from aligner.data.dataset import DataConfig, Dataset, load
 from aligner.data.encoder import Encoder
 from aligner.data.examples import Example, Judged, Pair, Prompt, Rated, Taught, Weighted
-from aligner.data.formats import COMPARISONS, PROMPTS, RATED, SUPERVISED
+from aligner.data.formats import COMPARISONS, PROMPTS, RATED, SUPERVISED, TAUGHT
 from aligner.data.order import Order
 from aligner.data.shorten import shorten
 from tests.data.words import ids, word_tokenizer, write
@@ -144,11 +144,21 @@ def test_limits(tmp_path):
             DataConfig(max_tokens=wrong)
 
 
+def test_all_examples_have_as_many_logits(tmp_path):
+    row = {"tokens": [0, 2], "labels": [2, 3], "loss_mask": [1, 1], "topk_logits": [[1], [2]]}
+    row |= {"topk_token_ids": [[2], [3]], "log_sum_exp_logits": [3, 4]}
+    bare = {key: value for key, value in row.items() if key != "log_sum_exp_logits"}
+    wide = {**row, "topk_logits": [[1, 2], [2, 3]], "topk_token_ids": [[2, 3], [3, 4]]}
+    for other, message in ((bare, "got 1 logit.* without log-sum, expected 1 logit.* with"), (wide, "got 2 logit")):
+        with pytest.raises(ValueError, match=f"a:2: {message}"):
+            opened(write(tmp_path / "a", row, other), TAUGHT)
+
+
 def test_all_examples_have_as_many_marks(tmp_path):
     one, two = ({"text": "the", "label": [1.0] * num} for num in (1, 2))
-    with pytest.raises(ValueError, match="a:2: got 2 marks, but the ones before have 1; give all as many"):
+    with pytest.raises(ValueError, match=r"a:2: got 2 mark\(s\), expected 1 mark\(s\) as in the examples before"):
         opened(write(tmp_path / "a", one, two), RATED)
-    with pytest.raises(ValueError, match="b:1: got 2 marks"):
+    with pytest.raises(ValueError, match="b:1: got 2 mark"):
         opened(f"{write(tmp_path / 'a', one)},{write(tmp_path / 'b', two)}", RATED)
     assert len(opened(write(tmp_path / "a", one, two, one), RATED, bad_lines="skip")) == 2
 

@@ -49,7 +49,7 @@ def test_a_bad_file(tmp_path, model, capsys):
     assert lines[-5].startswith(f"first bad line: {path}:2: \"text\" is ''")
     assert lines[-3:] == [
         '2 "text" is ...',
-        "1 got ... marks, but the ones before have ...",
+        "1 got ... mark...",
         "1 not valid JSON ...",
     ]
 
