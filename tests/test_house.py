@@ -13,6 +13,7 @@ FLOORS = [
     {"ops"},
     {"losses", "models", "data", "checkpoint"},
     {"rollout", "refit", "serving"},
+    {"job"},
     {"programs"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -70,6 +71,7 @@ def test_imports_point_down():
         ("aligner.run.loop", "aligner.data.batch"),
         ("aligner.rollout.native", "aligner.refit.plan"),
         ("aligner.ppo", "aligner.generate"),
+        ("aligner.serving.reward", "aligner.job.job"),
         ("aligner.models.policy", "tests.conftest"),
     ],
 )
@@ -121,11 +123,11 @@ def test_files_and_functions_stay_small():
 
 def test_programs_stay_readable():
     for path in ROOT.glob("aligner/*.py"):
-        assert len(path.read_text().splitlines()) <= 300, path
+        assert len(path.read_text().splitlines()) <= 200, path
 
 
 def test_no_environment_variable_changes_a_meaning():
-    reads = {p.name for p in SOURCES if "environ" in p.read_text() or "getenv" in p.read_text()}
+    reads = {p.name for p in SOURCES if "os.environ" in p.read_text() or "getenv" in p.read_text()}
     assert reads <= {"distributed.py", "cache.py"}  # torchrun's WORLD_SIZE; where the cache folder is
 
 

@@ -2,11 +2,22 @@
 
 import pytest
 
-from aligner.data.movie_reviews import MAX_PROMPT_TOKENS, review_rows
-from aligner.data.prompts import PromptOrder
-from aligner.data.sources import load_prompts
+from aligner.data.dataset import DataConfig, load
+from aligner.data.encoder import Encoder
+from aligner.data.formats import PROMPTS
+from aligner.data.movie_reviews import MAX_PROMPT_TOKENS, review_prompt_rows
+from aligner.data.order import Order
 from aligner.data.tokenizer import load_tokenizer, render_chat
 from tests.data.words import ids, word_tokenizer, write
+
+
+def load_prompts(data: str, eval_data: str, tokenizer, room: int) -> tuple[list, list]:
+    """All training and all held-out prompts, as programs load them."""
+    default = lambda: review_prompt_rows(tokenizer)  # noqa: E731
+    train, held_out = load(
+        DataConfig(files=data), eval_data, PROMPTS, Encoder(tokenizer), room=room, seed=0, default=default
+    )
+    return train.first(len(train)), held_out.first(len(held_out)) if held_out else []
 
 
 def test_files_are_read_in_order(tmp_path):
@@ -24,7 +35,7 @@ def test_a_prompt_that_is_too_long_is_an_error(tmp_path):
 
 def test_reviews_are_the_default(smollm2):
     tokenizer = load_tokenizer(smollm2)
-    for prompts, rows in zip(load_prompts("", "", tokenizer, 64), review_rows(tokenizer), strict=True):
+    for prompts, rows in zip(load_prompts("", "", tokenizer, 64), review_prompt_rows(tokenizer), strict=True):
         assert len(prompts) == len(rows) > 2000
         for prompt, row in zip(prompts[::50], rows[::50], strict=True):
             assert prompt.text == row["text"] and prompt.metadata == {"review_positive": row["review_positive"]}
@@ -34,7 +45,7 @@ def test_reviews_are_the_default(smollm2):
 
 def test_order_says_prompts():
     with pytest.raises(ValueError, match="takes 3 prompts, but there are only 2; lower the batch size or add prompts"):
-        PromptOrder(2, 0).batch(0, 3)
+        Order(2, 0, noun="prompts").batch(0, 3)
 
 
 def test_a_tokenizer_without_chat_template():
