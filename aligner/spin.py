@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         policy.move_reference()  # so that the checkpoint's has a place
     job.restore(policy=policy)
     with policy.as_reference():
-        replica.refit(job.start)
+        replica.refit(run.iteration(job.start) * steps_of(config, train))
     return job.repeat(
         step=partial(step, run),
         evaluate=partial(evaluate, run),

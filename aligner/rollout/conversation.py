@@ -6,14 +6,17 @@ A turn of the environment is part of the sequence but no action: losses, advanta
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from aligner.data.encoder import Encoder
 from aligner.data.examples import Prompt
 from aligner.rollout.sampling import Response, Sampler, Sampling
 
+Asked = TypeVar("Asked")
 # (prompts, turns so far of each: response, message, response, ..., metadata) -> next message of each, None at its end
 Environment = Callable[[list[str], list[list[str]], list[dict]], list[str | None]]
 
@@ -43,16 +46,17 @@ class Dialogue:
     max_turns: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Conversation:
     """One sample of a prompt while it goes on.
 
-    index: of the prompt. sample: which of its samples.
+    index: of the prompt. again: how many like it come before it. sample: which of its samples.
     tokens, logprobs, actions: of all that was said after the prompt; logprobs are 0 where it was no action.
     turns: texts, the policy's first. finished: whether the last response ended by itself.
     """
 
     index: int
+    again: int
     sample: int
     prompt: Prompt
     tokens: list[int] = field(default_factory=list)
@@ -91,39 +95,83 @@ def load_environment(spec: str) -> Environment:
     return found() if inspect.isclass(found) else found
 
 
-def answer_once(
-    sampler: Sampler, prompts: dict[int, Prompt], sampling: Sampling, n: int, decode: Callable[[list[int]], str]
-) -> Iterator[Conversation]:
-    """n responses to each prompt (by index), as they end."""
-    indices = list(prompts)
-    for response in sampler.stream([list(p.tokens) for p in prompts.values()], sampling, n):
-        index = indices[response.prompt]
-        talk = Conversation(index, response.sample, prompts[index])
-        talk.said(response, decode(response.tokens))
-        yield talk
+Numbered = tuple[int, int, Prompt]  # index of a prompt, how many like it come before it, the prompt
+
+
+def number_repeats(prompts: Sequence[Prompt]) -> list[Numbered]:
+    """Random streams come from a prompt's tokens; where it comes again, they must come from something else too."""
+    seen: Counter = Counter()
+    numbered = []
+    for i, prompt in enumerate(prompts):
+        numbered.append((i, seen[prompt.tokens], prompt))
+        seen[prompt.tokens] += 1
+    return numbered
 
 
 def converse(
     sampler: Sampler,
-    prompts: dict[int, Prompt],
+    prompts: Sequence[Numbered],
     sampling: Sampling,
     n: int,
     decode: Callable[[list[int]], str],
-    dialogue: Dialogue,
+    dialogue: Dialogue | None,
 ) -> Iterator[Conversation]:
-    """n conversations from each prompt (by index), as they end.
+    """n conversations from each prompt, as they end; without a dialogue each is one response.
 
     One ends when the environment returns None, a response is cut off, max_turns are over, or the next turn would not
     fit into the context.
     """
-    going = [Conversation(index, j, prompt) for index, prompt in prompts.items() for j in range(n)]
-    for turn in range(dialogue.max_turns):
-        for talk, response in _respond(sampler, going, replace(sampling, seed=sampling.seed + (turn << 48)), n):
-            talk.said(response, decode(response.tokens))
-        last = turn + 1 == dialogue.max_turns
-        following = [] if last else _continued(dialogue, [talk for talk in going if talk.finished], sampler, sampling)
+    going = []
+    for talk in _open(sampler, prompts, sampling, n, decode):
+        if dialogue is None:
+            yield talk
+        going.append(talk)
+    for turn in range(1, dialogue.max_turns) if dialogue else ():
+        following = _continued(dialogue, [talk for talk in going if talk.finished], sampler, sampling)
         yield from (talk for talk in going if not any(talk is other for other in following))
         going = following
+        groups: dict[int, list[Conversation]] = {}
+        for talk in going:  # samples of one prompt that are still alike must not draw alike
+            groups.setdefault(talk.again << 48 ^ talk.sample << 40 ^ turn << 56, []).append(talk)
+        streams = [
+            (group, sampler.stream([[*t.prompt.tokens, *t.tokens] for t in group], _seeded(sampling, key)))
+            for key, group in groups.items()
+        ]
+        for talk, response in _in_turns(streams):
+            talk.said(response, decode(response.tokens))
+    if dialogue:
+        yield from going
+
+
+def _open(sampler: Sampler, prompts: Sequence[Numbered], sampling: Sampling, n: int, decode) -> Iterator[Conversation]:
+    """The first response of each conversation, as they end."""
+    rounds: dict[int, list[Numbered]] = {}
+    for item in prompts:
+        rounds.setdefault(item[1], []).append(item)
+    streams = [
+        (members, sampler.stream([list(p.tokens) for *_, p in members], _seeded(sampling, again << 48), n))
+        for again, members in sorted(rounds.items())
+    ]
+    for (index, again, prompt), response in _in_turns(streams):
+        talk = Conversation(index=index, again=again, sample=response.sample, prompt=prompt)
+        talk.said(response, decode(response.tokens))
+        yield talk
+
+
+def _seeded(sampling: Sampling, key: int) -> Sampling:
+    return replace(sampling, seed=sampling.seed ^ key)
+
+
+def _in_turns(streams: list[tuple[list[Asked], Iterator[Response]]]) -> Iterator[tuple[Asked, Response]]:
+    """(who asked, response) of all streams: read in turns they decode in one batch."""
+    while streams:
+        for pair in list(streams):
+            asked, stream = pair
+            response = next(stream, None)
+            if response is None:
+                streams.remove(pair)
+            else:
+                yield asked[response.prompt], response
 
 
 def _continued(dialogue: Dialogue, talks: list[Conversation], sampler, sampling: Sampling) -> list[Conversation]:
@@ -138,23 +186,6 @@ def _continued(dialogue: Dialogue, talks: list[Conversation], sampler, sampling:
                 talk.told(added, message)
                 following.append(talk)
     return following
-
-
-def _respond(sampler, going: list[Conversation], sampling: Sampling, n: int) -> Iterator[tuple[Conversation, Response]]:
-    """The next response of each. Samples of one prompt that are still alike must not draw alike: a stream for each."""
-    groups = [[talk for talk in going if talk.sample == j] for j in range(n)]
-    streams = []
-    for j, group in enumerate(groups):
-        if group:
-            own = replace(sampling, seed=sampling.seed + (j << 40))
-            streams.append((group, sampler.stream([[*t.prompt.tokens, *t.tokens] for t in group], own)))
-    while streams:  # read in turns they decode in one batch
-        for group, stream in list(streams):
-            response = next(stream, None)
-            if response is None:
-                streams = [(g, s) for g, s in streams if s is not stream]
-            else:
-                yield group[response.prompt], response
 
 
 def _asked(environment: Environment, talks: list[Conversation]) -> list[str | None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aligner.data.batch import Rollout, concatenate, pack_turns
 from aligner.data.examples import Prompt
-from aligner.rollout.conversation import Conversation, Dialogue, answer_once, converse
+from aligner.rollout.conversation import Conversation, Dialogue, converse, number_repeats
 from aligner.rollout.sampling import Sampler, Sampling
 from aligner.rollout.transcript import Texts, Transcript
 from aligner.run import distributed
@@ -68,22 +68,20 @@ def sample_and_score(
     """n responses to each prompt; `reward`, if any, gets the texts of a prompt's samples once all have finished.
 
     A request holds whole prompts and at least RESPONSES_AT_ONCE responses, except for the last. All ranks call it and
-    get all responses: those that have a sampler, one a replica, share the prompts.
+    get all responses: those that have a sampler, one a replica, share the prompts. A prompt that comes twice is given
+    other responses the second time.
 
     dialogue: who goes on after a response; None leaves it at one.
     """
     here = distributed.place()
-    mine = {} if sampler is None else {i: prompts[i] for i in range(here.data, len(prompts), here.replicas)}
+    mine = [] if sampler is None else number_repeats(prompts)[here.data :: here.replicas]
     requests: list[tuple[list[int], Future]] = []
 
     def sample() -> list[Conversation]:
         if not mine:
             return []
-        if dialogue is None:
-            talks = answer_once(sampler, mine, sampling, n, transcript.decode)
-        else:
-            talks = converse(sampler, mine, sampling, n, transcript.decode, dialogue)
-        return _asking(talks, dict.fromkeys(mine, n), n, transcript, reward, requests)
+        talks = converse(sampler, mine, sampling, n, transcript.decode, dialogue)
+        return _asking(talks, {i: n for i, _, _ in mine}, n, transcript, reward, requests)
 
     talks = sorted((talk for talks in gather(sample) for talk in talks), key=lambda t: (t.index, t.sample))
     version = max(gather(lambda: -1 if sampler is None else sampler.weights_version))

@@ -1,7 +1,10 @@
 """Reward callables for the tests, good and broken."""
 
+import math
 import os
 import signal
+
+from tests.programs.bandit import weight
 
 
 def letters(prompts, responses, metadata):
@@ -46,3 +49,16 @@ class BreaksInStep2:
     def __call__(self, prompts, responses, metadata):
         self.calls += 1
         return [float("inf")] * len(responses) if self.calls == 4 else letters(prompts, responses, metadata)
+
+
+def bandit(prompts, responses, metadata):
+    """log w of the task in bandit.py."""
+    return [math.log(weight(text.strip())) for text in responses]
+
+
+def digits(prompts, responses, metadata):
+    return [sum(int(c) for c in text if c.isdigit()) / 10 for text in responses]
+
+
+def has_a_seven(prompts, responses, metadata):
+    return [float("7" in text) for text in responses]

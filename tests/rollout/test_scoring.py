@@ -53,6 +53,19 @@ def test_rewards_belong_to_their_responses(tiny_llama: Path, n: int):
     assert rewards_B.tolist() == [len(text) + 1000 * (b // n) for b, text in enumerate(texts)]
 
 
+def test_a_prompt_that_comes_twice_is_given_other_responses(tiny_llama: Path):
+    transcript = Transcript(AutoTokenizer.from_pretrained(tiny_llama))
+    first, other = prompts_of(transcript.tokenizer, ["A film", "A play"])
+    sampler, sampling = NativeSampler.from_pretrained(tiny_llama), Sampling(max_tokens=8, seed=3)
+
+    def texts(prompts: list[Prompt]) -> list[str]:
+        return sample_and_score(sampler, prompts, sampling, 2, transcript, None).texts[1]
+
+    alone, both = texts([first]), texts([first, other, first, first])
+    assert both[:2] == alone and both[2:4] == texts([other])  # the first time as without the others
+    assert len({*both}) == 8
+
+
 def test_what_a_request_raises_is_raised(tiny_llama: Path):
     transcript = Transcript(AutoTokenizer.from_pretrained(tiny_llama))
     prompts = prompts_of(transcript.tokenizer, ["A film"])
