@@ -18,15 +18,15 @@ ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "frontier"
 SFT, PAIRS, JUDGED = RUNS / "sft", RUNS / "pairs.jsonl", RUNS / "judged.jsonl"
 TOKENS = ["--sampling.max-tokens", "24"]
-PROMPTS = "1000"
-ONLINE = ["--steps", "20", "--eval-prompts", "0", *TOKENS]
-OFFLINE = ["--batch.examples", "40", "--steps", "25", "--optimizer.lr", "5e-4", "--optimizer.warmup-steps", "3"]
+PROMPTS = "640"
+ONLINE = ["--steps", "12", "--eval-prompts", "0", *TOKENS]
+OFFLINE = ["--batch.examples", "40", "--steps", "16", "--optimizer.lr", "5e-4", "--optimizer.warmup-steps", "3"]
 PAIRED = [*OFFLINE, "--data", PAIRS, "--reference-cache", RUNS / "reference.npz"]
 # Name of a method: (program, its options, option of its strength, values).
 METHODS = {
     "PPO": ("ppo", ONLINE, "--kl-coef", ("0.05", "0.1", "0.3")),
     "GRPO": ("grpo", [*ONLINE, "--kl-estimator", "k2", "--baseline", "dr_grpo"], "--kl-coef", ("0.05", "0.1", "0.3")),
-    "rejection sampling": ("rejection_sampling", ["--eval-prompts", "0", *TOKENS], "--steps", ("2", "5", "12")),
+    "rejection sampling": ("rejection_sampling", ["--eval-prompts", "0", *TOKENS], "--steps", ("2", "4", "8")),
     "DPO": ("dpo", PAIRED, "--beta", ("0.05", "0.1", "0.5")),
     "IPO": ("dpo", [*PAIRED, "--loss", "ipo"], "--beta", ("0.02", "0.05", "0.2")),
     "KTO": ("kto", [*OFFLINE, "--data", JUDGED], "--beta", ("0.05", "0.1", "0.5")),
