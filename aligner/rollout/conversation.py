@@ -24,7 +24,7 @@ Environment = Callable[[list[str], list[list[str]], list[dict]], list[str | None
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentConfig:
     function: str = ""
-    """package.module:callable that continues a conversation; none leaves it at one response (docs/environments.md)."""
+    """package.module:callable that continues a conversation; none leaves it at one response (docs/rewards.md)."""
     max_turns: int = 4
     """Responses in a conversation, at most."""
 
