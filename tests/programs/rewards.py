@@ -2,7 +2,9 @@
 
 import math
 import os
+import random
 import signal
+import time
 
 from tests.programs.bandit import weight
 
@@ -62,3 +64,9 @@ def digits(prompts, responses, metadata):
 
 def has_a_seven(prompts, responses, metadata):
     return [float("7" in text) for text in responses]
+
+
+def digits_in_no_hurry(prompts, responses, metadata):
+    """Answers come in another order every time."""
+    time.sleep(random.SystemRandom().random() / 50)
+    return digits(prompts, responses, metadata)
