@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup ppo test test-unit test-distributed-full test-gpu lint format bench clean
+.PHONY: setup ppo test test-unit test-distributed-full test-gpu lint format bench frontier steerlm reasoning clean
 
 setup: .venv/.installed
 
@@ -49,6 +49,19 @@ format: setup
 
 bench: setup
 	for bench in benchmarks/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+# Reward against KL of every method from one SFT model: hours.
+frontier: setup
+	$(BIN)/python benchmarks/frontier.py
+
+# SteerLM on dialogues that people rated, GRPO on tasks with a checker: half an hour each.
+steerlm: setup
+	$(PIP) --no-deps chitchat-dataset==0.9.0
+	$(BIN)/python benchmarks/steerlm.py
+
+reasoning: setup
+	$(PIP) reasoning-gym==0.1.25
+	$(BIN)/python benchmarks/reasoning.py
 
 clean:
 	rm -rf .venv build *.egg-info aligner/_C.so aligner/_engine*.so

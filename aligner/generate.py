@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from aligner.checkpoint.model_folder import model_folder
-from aligner.data.tokenizer import load_tokenizer, render_chat
+from aligner.data.encoder import Encoder
+from aligner.data.tokenizer import load_tokenizer
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from aligner.run import config as options
@@ -17,6 +18,8 @@ class Config:
     """Text to continue; with --chat, what the user says."""
     chat: bool = False
     """Put the prompt through the model's chat template."""
+    attributes: str = ""
+    """Label that the response is to follow, with --chat and a model of aligner.steerlm: "quality:9,humour:0"."""
     n: int = 1
     """Responses."""
     temperature: float = 1.0
@@ -34,13 +37,20 @@ class Config:
     threads: int = 0
     """CPU threads; 0 takes torch's choice, one a core."""
 
+    def __post_init__(self):
+        if self.attributes and not self.chat:
+            raise ValueError("--attributes stand in a chat; add --chat.")
+
 
 def main(argv: list[str] | None = None) -> int:
     config = options.parse(Config, argv)
     folder = model_folder(config.checkpoint)
     tokenizer = load_tokenizer(folder)
-    text = render_chat(tokenizer, [{"role": "user", "content": config.prompt}]) if config.chat else config.prompt
-    tokens = tokenizer(text, add_special_tokens=not config.chat)["input_ids"]
+    encoder, chat = Encoder(tokenizer), [{"role": "user", "content": config.prompt}]
+    if config.attributes:
+        text, tokens = encoder.steer(chat, config.attributes)
+    else:
+        text, tokens = encoder.prompt(chat if config.chat else config.prompt)
     sampling = Sampling(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -51,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=config.seed,
     )
     sampler = NativeSampler.from_pretrained(folder, threads=config.threads)
-    for response in sampler.stream([tokens], sampling, n=config.n):
+    for response in sampler.stream([list(tokens)], sampling, n=config.n):
         answer = tokenizer.decode(response.tokens, skip_special_tokens=True)
         print(answer if config.chat else text + answer, flush=True)
     return 0

@@ -40,7 +40,7 @@ class Config:
 
 
 def guess_use(row: dict) -> list[str]:
-    """The uses that have a format of this row, those first that take most of its keys. Raises ValueError if none has."""
+    """Uses that have a format of this row, those first that take most of its keys. Raises ValueError if none has."""
     fitting = {}
     for name, use in USES.items():
         try:

@@ -1,6 +1,7 @@
 """The house rules of docs/architecture.md, executed."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ FLOORS = [
     {"ops"},
     {"losses", "models", "data", "checkpoint"},
     {"rollout", "refit", "serving"},
+    {"job"},
     {"programs"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -70,6 +72,7 @@ def test_imports_point_down():
         ("aligner.run.loop", "aligner.data.batch"),
         ("aligner.rollout.native", "aligner.refit.plan"),
         ("aligner.ppo", "aligner.generate"),
+        ("aligner.serving.reward", "aligner.job.job"),
         ("aligner.models.policy", "tests.conftest"),
     ],
 )
@@ -121,11 +124,11 @@ def test_files_and_functions_stay_small():
 
 def test_programs_stay_readable():
     for path in ROOT.glob("aligner/*.py"):
-        assert len(path.read_text().splitlines()) <= 300, path
+        assert len(path.read_text().splitlines()) <= 200, path
 
 
 def test_no_environment_variable_changes_a_meaning():
-    reads = {p.name for p in SOURCES if "environ" in p.read_text() or "getenv" in p.read_text()}
+    reads = {p.name for p in SOURCES if "os.environ" in p.read_text() or "getenv" in p.read_text()}
     assert reads <= {"distributed.py", "cache.py"}  # torchrun's WORLD_SIZE; where the cache folder is
 
 
@@ -136,10 +139,21 @@ def test_no_bare_except_and_no_utils():
         assert path.name != "utils.py", path
 
 
+def test_every_program_tells_its_equation_and_source():
+    for path in ROOT.glob("aligner/*.py"):
+        if "train_o" in path.read_text() or ".repeat(" in path.read_text():
+            doc = ast.get_docstring(ast.parse(path.read_text()))
+            assert f"python -m aligner.{path.stem}" in doc and "arXiv:" in doc and "Source:" in doc, path
+
+
 def test_docs_page_for_every_algorithm_and_operator():
-    assert (ROOT / "docs" / "ppo.md").exists()
-    assert (ROOT / "docs" / "architecture.md").exists()
-    assert (ROOT / "docs" / "add-an-operator.md").exists()
+    pages = {path.stem.replace("-", "_"): path.read_text() for path in ROOT.glob("docs/*.md")}
+    programs = [path.stem for path in ROOT.glob("aligner/*.py") if path.stem != "__init__"]
+    untold = [name for name in programs if not any(f"aligner.{name}" in page for page in pages.values())]
+    assert not untold, f"no page in docs/ says how to run {untold}"
+    training = [p.stem for p in ROOT.glob("aligner/*.py") if re.search(r"train_o|\.repeat\(", p.read_text())]
+    assert len(training) >= 11 and not [name for name in training if name not in pages]
+    assert {"architecture", "add_an_operator", "add_an_algorithm", "data", "rewards"} <= pages.keys()
     operators = (ROOT / "docs" / "operators.md").read_text()
     missing = [p.stem for p in ROOT.glob("bindings/*.cpp") if f"`{p.stem}`" not in operators]
     assert set(missing) <= {"cuda", "dispatch", "engine"}, f"docs/operators.md says nothing of {missing}"

@@ -17,8 +17,19 @@ def joined(prompt: Tokens, response: Tokens) -> Example:
     return Example(tokens=prompt + response, mask=(False,) * len(prompt) + (True,) * len(response))
 
 
-def answered(row: dict, prompt_key: str, response_key: str, encoder: Encoder) -> Example:
-    """A prompt with its response: both text, or a chat with the answer as text or as messages."""
+def answered(row: dict, prompt_key: str, response_key: str, encoder: Encoder, finished: str = "") -> Example:
+    """A prompt with its response: both text, or a chat with the answer as text or as messages.
+
+    finished: key that may say false: the response was cut off, and its end is not one to learn.
+    """
+    example = _answered(row, prompt_key, response_key, encoder)
+    cut = finished in row and not fields.one_of(row, finished, (True, False))
+    if cut and example.tokens[-1] == encoder.eos and sum(example.mask) > 1:
+        return Example(tokens=example.tokens[:-1], mask=example.mask[:-1])
+    return example
+
+
+def _answered(row: dict, prompt_key: str, response_key: str, encoder: Encoder) -> Example:
     prompt, response = fields.text_or_messages(row, prompt_key), fields.text_or_messages(row, response_key)
     if isinstance(prompt, str):
         if not isinstance(response, str):

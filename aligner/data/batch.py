@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from aligner.data.examples import Example, Pair
+from aligner.data.examples import Example, Pair, Taught
 
 
 class Packed:
@@ -159,6 +159,34 @@ class RatedBatch(SupervisedBatch):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaughtBatch(SupervisedBatch):
+    """Sequences with a teacher's logits.
+
+    topk_ids_NK: (N, K) int64, its likeliest tokens in place of each masked token; 0 elsewhere.
+    topk_logits_NK: (N, K) float32, their logits.
+    log_sum_N: (N,) float32, nats, of all its logits; None where the data does not have it.
+    """
+
+    topk_ids_NK: Tensor
+    topk_logits_NK: Tensor
+    log_sum_N: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerBatch(SupervisedBatch):
+    """Several responses to each prompt, for SteerLM 2: those of one prompt are neighbours.
+
+    together: how many.
+    target_log_weights_B: (B,) float32, nats, unnormalised: log P(a | x, y) + log P(y | x) - log Q(y | a, x).
+    proposal_logprobs_B: (B,) float32, nats, log Q(y | a, x).
+    """
+
+    together: int
+    target_log_weights_B: Tensor
+    proposal_logprobs_B: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreferenceBatch(PairBatch):
     """Pairs with what the reference says of them.
 
@@ -220,6 +248,18 @@ class ExampleBatchConfig:
             raise ValueError("batch.examples and batch.tokens-per-micro-batch must be 1 or more.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToolBatchConfig:
+    prompts: int = 64
+    """Prompts that are worked on at once."""
+    tokens_per_micro_batch: int = 1024
+    """Tokens of all sequences in one forward pass; changes memory and speed only."""
+
+    def __post_init__(self):
+        if min(self.prompts, self.tokens_per_micro_batch) < 1:
+            raise ValueError("batch.prompts and batch.tokens-per-micro-batch must be 1 or more.")
+
+
 def _pick(batch, index_N: Tensor, index_B: Tensor, cu_seqlens: Tensor):
     changes = {}
     for field in dataclasses.fields(batch):
@@ -254,16 +294,16 @@ def pack_rollout(
     weights_version: int,
 ) -> Rollout:
     """Concatenate prompt/response pairs into one packed Rollout; arguments are aligned lists, one entry a sequence."""
-    tokens, mask, sampled, counts = [], [], [], [0]
-    for prompt, response, nats in zip(prompts, responses, logprobs, strict=True):
-        tokens += [*prompt, *response]
-        mask += [False] * len(prompt) + [True] * len(response)
-        sampled += [0.0] * len(prompt) + list(nats)
-        counts.append(len(prompt) + len(response))
+    pairs = zip(prompts, responses, logprobs, strict=True)
+    return pack_turns([(p, r, [True] * len(r), nats) for p, r, nats in pairs], finished, weights_version)
+
+
+def pack_turns(sequences: Sequence[tuple], finished: Sequence[bool], weights_version: int) -> Rollout:
+    """One packed Rollout of (prompt, tokens after it, which of these are actions, their log-probabilities)."""
+    mask = [([False] * len(prompt) + list(actions)) for prompt, _, actions, _ in sequences]
+    sampled = [x for prompt, _, _, nats in sequences for x in ([0.0] * len(prompt) + list(nats))]
     return Rollout(
-        tokens_N=torch.tensor(tokens, dtype=torch.int64),
-        cu_seqlens=torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        action_mask_N=torch.tensor(mask, dtype=torch.bool),
+        **_packed([((*sequence[0], *sequence[1]), m) for sequence, m in zip(sequences, mask, strict=True)]),
         sampler_logprobs_N=torch.tensor(sampled, dtype=torch.float32),
         finished_B=torch.tensor(list(finished), dtype=torch.bool),
         weights_version=weights_version,
@@ -279,6 +319,18 @@ def pack_pairs(pairs: Sequence[Pair]) -> PairBatch:
     """Pairs one after the other, the chosen response at 2i, the rejected one at 2i + 1; the mask is the responses'."""
     examples = [example for pair in pairs for example in (pair.chosen, pair.rejected)]
     return PairBatch(**_packed([(example.tokens, example.mask) for example in examples]))
+
+
+def pack_taught(examples: Sequence[Taught]) -> TaughtBatch:
+    """Sequences with a teacher's logits one after the other."""
+    joined = {name: [x for e in examples for x in getattr(e, name)] for name in ("topk_ids", "topk_logits")}
+    known = examples[0].log_sum is not None
+    return TaughtBatch(
+        **_packed([(example.tokens, example.mask) for example in examples]),
+        topk_ids_NK=torch.tensor(joined["topk_ids"], dtype=torch.int64),
+        topk_logits_NK=torch.tensor(joined["topk_logits"], dtype=torch.float32),
+        log_sum_N=torch.tensor([x for e in examples for x in e.log_sum]) if known else None,
+    )
 
 
 def pack_last(sequences: Sequence[Sequence[int]]) -> SupervisedBatch:

@@ -4,7 +4,7 @@ A sequence is tokenized in pieces, cut where a response begins and ends. A promp
 the sampler is given, whatever the response, and no merge of the tokenizer spans the border.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +39,21 @@ class Encoder:
         """
         text, tokens = self.prompt(messages)
         return f"{text}{label}\n", tokens + self._tokens(f"{label}\n")
+
+    def follow(self, prompt: str | Messages, turns: Sequence[str], message: str) -> Tokens:
+        """Tokens of what comes after an answer that has ended: the rest of its turn, `message`, the next opening.
+
+        prompt: raw text, which the message simply follows, or a chat.
+        turns: what was said after it, the assistant's answers and the user's messages by turns, an answer last.
+        """
+        if isinstance(prompt, str):
+            return self._tokens(message)
+        roles = ("assistant", "user")
+        chat = [*prompt, *({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))]
+        before = self._render(chat, opened=False)
+        after = self._render([*chat, {"role": "user", "content": message}], opened=True)
+        rest = before.rpartition(self.tokenizer.eos_token)[2] if self.tokenizer.eos_token in before else ""
+        return self._tokens(rest + self._added(before, after))
 
     def response(self, text: str) -> Tokens:
         """Tokens of an answer to a prompt of raw text, with the end-of-sequence token after them."""

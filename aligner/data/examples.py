@@ -13,11 +13,13 @@ class Prompt:
 
     text: what the model reads, chat template applied.
     tokens: ids of `text`.
+    given: text or messages, as the line has them.
     metadata: the other keys of the line, handed to the reward function untouched.
     """
 
     text: str
     tokens: Tokens
+    given: str | list[dict] = ""
     metadata: dict
 
     @property

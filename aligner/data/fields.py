@@ -74,7 +74,7 @@ def one_of(row: dict, key: str, values: tuple):
 def ids(value, key: str, vocabulary: int) -> tuple[int, ...]:
     """Token ids below `vocabulary`."""
     if not isinstance(value, list) or not all(type(i) is int and 0 <= i < vocabulary for i in value):
-        raise ValueError(f'"{key}" must be a list of token ids from 0 to {vocabulary - 1}; is the tokenizer the same?')
+        raise ValueError(f'"{key}" must be a list of token ids from 0 to {vocabulary - 1}, of the model\'s tokenizer.')
     return tuple(value)
 
 

@@ -67,8 +67,9 @@ def _quoted(keys) -> str:
 def _read_prompt(key: str) -> Callable[[list[dict], Encoder], Prompt]:
     def read(rows: list[dict], encoder: Encoder) -> Prompt:
         check = {"text": fields.text, "messages": fields.messages, "prompt": fields.text_or_messages}[key]
-        text, tokens = encoder.prompt(check(rows[0], key))
-        return Prompt(text=text, tokens=tokens, metadata={})
+        given = check(rows[0], key)
+        text, tokens = encoder.prompt(given)
+        return Prompt(text=text, tokens=tokens, given=given, metadata={})
 
     return read
 
@@ -84,7 +85,7 @@ def _read_input_output(rows: list[dict], encoder: Encoder) -> Example:
 
 
 def _read_completion(rows: list[dict], encoder: Encoder) -> Example:
-    return answers.answered(rows[0], "prompt", "completion", encoder)
+    return answers.answered(rows[0], "prompt", "completion", encoder, finished="finished")
 
 
 def _read_chat(rows: list[dict], encoder: Encoder) -> Example:
@@ -98,7 +99,8 @@ def _read_pair(chosen_key: str, rejected_key: str) -> Callable[[list[dict], Enco
         if isinstance(row[chosen_key], list) and isinstance(row["prompt"], str):
             # Whole conversations beside their first message as text, as in UltraFeedback.
             return answers.implicit_pair(row, chosen_key, rejected_key, encoder, prompt=fields.text(row, "prompt"))
-        chosen, rejected = (answers.answered(row, "prompt", key, encoder) for key in (chosen_key, rejected_key))
+        chosen = answers.answered(row, "prompt", chosen_key, encoder, finished="chosen_finished")
+        rejected = answers.answered(row, "prompt", rejected_key, encoder, finished="rejected_finished")
         return answers.pair(row, chosen, rejected)
 
     return read
@@ -111,7 +113,7 @@ def _read_implicit_pair(rows: list[dict], encoder: Encoder) -> Pair:
 def _read_judged(response_key: str, verdict_key: str, verdicts: dict) -> Callable[[list[dict], Encoder], Judged]:
     def read(rows: list[dict], encoder: Encoder) -> Judged:
         desirable = verdicts[fields.one_of(rows[0], verdict_key, tuple(verdicts))]
-        prompt, response = answers.answered(rows[0], "prompt", response_key, encoder).split()
+        prompt, response = answers.answered(rows[0], "prompt", response_key, encoder, finished="finished").split()
         return Judged(prompt=prompt, response=response, desirable=desirable)
 
     return read
@@ -142,23 +144,24 @@ PROMPTS: Use = (
 )
 SUPERVISED: Use = (
     Format(name="NeMo prompt and response", keys=("input", "output"), read=_read_input_output),
-    Format(name="prompt and completion", keys=("prompt", "completion"), read=_read_completion),
+    Format(name="prompt and completion", keys=("prompt", "completion"), optional=("finished",), read=_read_completion),
     Format(name="a chat", keys=("messages",), read=_read_chat),
     Format(name="raw text", keys=("text",), read=_read_document),
     Format(name="NeMo chat", keys=("conversations",), optional=("system", "mask", "type"), read=read_turns),
 )
 _REWARDS = ("chosen_reward", "rejected_reward")
+_MORE = (*_REWARDS, "chosen_finished", "rejected_finished")
 PAIRS: Use = (
     Format(
         name="NeMo preference",
         keys=("prompt", "chosen_response", "rejected_response"),
-        optional=_REWARDS,
+        optional=_MORE,
         read=_read_pair("chosen_response", "rejected_response"),
     ),
     Format(
         name="preference",
         keys=("prompt", "chosen", "rejected"),
-        optional=_REWARDS,
+        optional=_MORE,
         read=_read_pair("chosen", "rejected"),
     ),
     Format(name="two conversations", keys=("chosen", "rejected"), optional=_REWARDS, read=_read_implicit_pair),
@@ -177,11 +180,13 @@ JUDGED: Use = (
     Format(
         name="NeMo verdict",
         keys=("prompt", "response", "preference"),
+        optional=("finished",),
         read=_read_judged("response", "preference", {"chosen": True, "rejected": False}),
     ),
     Format(
         name="verdict",
         keys=("prompt", "completion", "label"),
+        optional=("finished",),
         read=_read_judged("completion", "label", {True: True, False: False}),
     ),
 )

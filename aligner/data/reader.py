@@ -68,18 +68,17 @@ class Reader:
             )
 
 
-def check_width(where: str, example, first: tuple[int, str] | None) -> tuple[int, str] | None:
-    """(how many, of what) every example has as many of as the first one, whose answer is passed on; None before it.
+def check_width(where: str, example, first: str | None) -> str | None:
+    """What every example must have as many of as the first one, whose answer is passed on; None before it.
 
-    Raises ValueError when this one has more or fewer.
+    Raises ValueError when this one has more or fewer: they could not stand in one batch.
     """
     found = None
     if isinstance(example, Rated):
-        found = len(example.attributes), "marks"
+        found = f"{len(example.attributes)} mark(s)"
     elif isinstance(example, Taught):
-        found = len(example.topk_ids[0]), "logits of the teacher at each place"
+        has = "without" if example.log_sum is None else "with"
+        found = f"{len(example.topk_ids[0])} logit(s) a token {has} log-sum"
     if first and found != first:
-        raise ValueError(
-            f"{where}: got {found[0]} {found[1]}, but examples before it have {first[0]}; give all as many."
-        )
+        raise ValueError(f"{where}: got {found}, expected {first} as in the examples before; give all the same.")
     return first or found

@@ -1,5 +1,6 @@
 """The sampling side of an online run: prompts, the sampler and its refit, rewards, evaluation on held-out prompts."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from aligner.models.policy import Policy
 from aligner.models.reward_model import RewardModel, attributes_of, reward_model_tensors
 from aligner.models.shape import ModelShape
 from aligner.refit.replica import Replica
+from aligner.rollout.conversation import Dialogue, EnvironmentConfig, load_environment
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.scoring import Scored, sample_and_score
 from aligner.rollout.transcript import Transcript
@@ -34,16 +36,8 @@ from aligner.serving.rewards import Rewards
 def load_prompts(job: Job) -> tuple[Dataset, list[Prompt]]:
     """Training prompts and held-out ones; by default the opening words of IMDb reviews."""
     c: OnlineConfig = job.config
-    room = job.shape.context - c.sampling.max_tokens
-    train, held_out = load(
-        c.data,
-        c.eval_data,
-        PROMPTS,
-        job.encoder,
-        room=room,
-        seed=c.seed,
-        default=lambda: review_prompt_rows(job.tokenizer),
-    )
+    room, default = job.shape.context - c.sampling.max_tokens, partial(review_prompt_rows, job.tokenizer)
+    train, held_out = load(c.data, c.eval_data, PROMPTS, job.encoder, room=room, seed=c.seed, default=default)
     train.batch(0, c.batch.sequences // c.batch.samples_per_prompt)
     return train, held_out.first(c.eval_prompts) if held_out and c.eval_prompts else []
 
@@ -84,10 +78,13 @@ class Actor:
 
     All ranks make it and call its methods together.
 
+    train, held_out: prompts. rewards: None to have nothing scored.
     offloaded: networks whose optimizer leaves the device while responses are sampled, with --parallel.offload.
     """
 
-    def __init__(self, job: Job, policy: Policy, train: Dataset, held_out: list[Prompt], rewards: Rewards, *offloaded):
+    def __init__(
+        self, job: Job, policy: Policy, train: Dataset, held_out: list[Prompt], rewards: Rewards | None, *offloaded
+    ):
         self.job, self.config, self.policy, self.rewards = job, job.config, policy, rewards
         self.train, self.held_out = train, held_out
         self.transcript = Transcript(job.tokenizer)
@@ -95,6 +92,14 @@ class Actor:
         dtype = self.config.sampling.dtype
         self.replica = Replica(policy, lambda: NativeSampler(policy.shape, dtype=dtype, tokenizer=job.folder))
         self.replica.refit(job.start)
+        self._dialogue = agree(lambda: self._load_dialogue())
+
+    def _load_dialogue(self) -> Dialogue | None:
+        c: EnvironmentConfig = getattr(self.config, "environment", EnvironmentConfig())
+        if not c.function or self.replica.sampler is None:
+            return None
+        environment = load_environment(c.function)
+        return Dialogue(environment=environment, encoder=self.job.encoder, max_turns=c.max_turns)
 
     def prompts(self, batch: int) -> list[Prompt]:
         """Of the batch with this number, 0-based."""
@@ -104,11 +109,13 @@ class Actor:
         """config.batch.samples_per_prompt responses to each prompt; rewards are on their way."""
         for network in self._offloaded:
             network.offload.leave()
-        return self._sample(prompts, self.config.batch.samples_per_prompt, seed)
+        return self.answer(prompts, self.config.batch.samples_per_prompt, seed)
 
-    def _sample(self, prompts: list[Prompt], n: int, seed: int) -> Scored:
+    def answer(self, prompts: list[Prompt], n: int, seed: int) -> Scored:
+        """n responses to each prompt; rewards are on their way."""
         sampling = self.config.sampling.sampling(seed, self.transcript.stop)
-        return sample_and_score(self.replica.sampler, prompts, sampling, n, self.transcript, self.rewards)
+        shared = (self.transcript, self.rewards, self._dialogue)
+        return sample_and_score(self.replica.sampler, prompts, sampling, n, *shared)
 
     def raw_rewards(self, scored: Scored) -> Tensor:
         """(B,) float32, reward units: waits for the functions, asks the models."""
@@ -140,7 +147,7 @@ class Actor:
         """Reward and KL on held-out prompts; every call draws with the same seeds."""
         if not self.held_out:
             return {}, []
-        scored = self._sample(self.held_out, 1, self.config.seed)
+        scored = self.answer(self.held_out, 1, self.config.seed)
         rollout, rewards_B = scored.rollout, self.raw_rewards(scored)
         log_ratio_N = torch.zeros_like(rollout.sampler_logprobs_N)
         if rollout.weights_version:  # before the first update the policy is the reference

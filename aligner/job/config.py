@@ -4,26 +4,59 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from aligner.data.batch import BatchConfig, ExampleBatchConfig
+from aligner.data.batch import BatchConfig, ExampleBatchConfig, ToolBatchConfig
 from aligner.data.dataset import DataConfig
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
+from aligner.rollout.conversation import EnvironmentConfig
 from aligner.rollout.sampling import SamplingConfig
 from aligner.run.distributed import ParallelConfig
 from aligner.serving.reward import RewardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProgramConfig:
+class JobConfig:
+    """Options of everything that runs a model on data."""
+
     model: str = "SmolLM2-135M-Instruct"
     """Hugging Face model directory, a run's folder, or the default model's name."""
     data: DataConfig = field(default_factory=DataConfig)
+    seed: int = 0
+    """Of sampling, data order and new parameters."""
+    threads: int = 0
+    """CPU threads of each process; 0 takes torch's choice, one a core."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights; with bfloat16 the optimizer keeps float32 masters."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self):
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}, expected 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelToolConfig(JobConfig):
+    """Options of tools that run a model, and train nothing."""
+
+    batch: ToolBatchConfig = field(default_factory=ToolBatchConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolConfig(ModelToolConfig):
+    """Options of tools that sample and score."""
+
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_tokens=64))
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramConfig(JobConfig):
+    """Options of programs that train."""
+
     eval_data: str = ""
     """JSONL files of held-out examples; empty holds out some of the default data, or evaluates nothing with --data."""
     steps: int = 10
     """Steps of the whole run."""
-    seed: int = 0
-    """Of sampling, data order and new parameters."""
     output: Path | None = None
     """Run folder; default runs/<program>-<time>."""
     resume: bool = False
@@ -32,17 +65,13 @@ class ProgramConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     eval_every: int = 0
     """Steps between evaluations; 0 evaluates before the first and after the last step only."""
-    threads: int = 0
-    """CPU threads of each process; 0 takes torch's choice, one a core."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the trained weights; with bfloat16 the optimizer keeps float32 masters."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
     """Print which rank would hold what, and end."""
 
     def __post_init__(self):
-        if min(self.steps, self.save_every, self.eval_every, self.threads) < 0:
-            raise ValueError("steps, save-every, eval-every and threads must be 0 or more.")
+        super().__post_init__()
+        if min(self.steps, self.save_every, self.eval_every) < 0:
+            raise ValueError("steps, save-every and eval-every must be 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +96,7 @@ class OnlineConfig(ProgramConfig):
     batch: BatchConfig = field(default_factory=BatchConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
 
     def __post_init__(self):
         super().__post_init__()

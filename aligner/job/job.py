@@ -11,7 +11,7 @@ from aligner.checkpoint import huggingface, training
 from aligner.checkpoint.model_folder import model_folder
 from aligner.data.encoder import Encoder
 from aligner.data.tokenizer import load_tokenizer
-from aligner.job.config import ProgramConfig
+from aligner.job.config import JobConfig
 from aligner.models import parallel
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
@@ -30,7 +30,7 @@ Logged = tuple[dict[str, float], list[dict]]  # metrics, rows for samples.jsonl
 
 
 class Job:
-    """One run of a program, in the order of its methods: plans(), begin(), networks, restore(), repeat().
+    """One run of a program, in the order of its methods: dry_run(), begin(), networks, restore(), repeat().
 
     Made first, before anything is loaded: what is wrong with model, tokenizer or layout is told then.
 
@@ -38,7 +38,7 @@ class Job:
     start: steps that an earlier run has done.
     """
 
-    def __init__(self, program: str, config: ProgramConfig):
+    def __init__(self, program: str, config: JobConfig):
         print(options.to_yaml(config), flush=True)
         config.parallel.data(distributed.world_size())
         self.program, self.config, self.timers = program, config, Timers()
@@ -66,9 +66,13 @@ class Job:
         if c.resume and c.output:
             self.checkpoint = training.latest(c.output)
             self.start = self.plain()["step"]
-        distributed.initialize(c.threads, c.parallel)
+        self.join()
         needed_bytes = 2 * self.shape.num_bytes()
         self.directory = RunDirectory.create(c.output, self.program, options.to_yaml(c), c.resume, needed_bytes)
+
+    def join(self) -> None:
+        """Join the processes: all that a tool needs, which keeps no run folder."""
+        distributed.initialize(self.config.threads, self.config.parallel)
 
     def plain(self) -> dict:
         """Plain values of the checkpoint that the run goes on from; empty at a first start."""

@@ -197,6 +197,15 @@ class Network:
             columns.index_copy_(1, index_N, values.cpu())
         return self._sum_over_ranks(columns).unbind()
 
+    @torch.no_grad()
+    def measure(self, batch, statistics: Callable[[Tensor, Layout, object], dict[str, Tensor]]) -> Stats:
+        """Forward only: sums over micro-batches and ranks of what `statistics(hidden, layout, micro_batch)` returns."""
+
+        def loss(hidden: Tensor, layout: Layout, micro):
+            return hidden.new_zeros(()), statistics(hidden, layout, micro)
+
+        return self._add_up(self._schedule(self._prepared(batch, self._micro_batches(batch)), loss, forward_only=True))
+
     def step(self, batch, loss: Callable[[Tensor, Layout, object], tuple[Tensor, dict[str, Tensor]]]) -> Stats:
         """One optimizer step: micro-batches, backward, clipping, AdamW.
 

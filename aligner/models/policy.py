@@ -97,16 +97,25 @@ class Policy:
 
         return self.network.step(batch, on_hidden)
 
-    def infer_top_k(self, batch, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def infer_logits(self, batch, loss: Callable[[Tensor, Tensor, object], tuple[Tensor, Stats]]) -> Stats:
+        """The statistics of such a loss, without an update."""
+
+        def on_hidden(hidden: Tensor, layout: Layout, micro):
+            _, stats = loss(self._logits(hidden, layout), layout.action_index, micro)
+            return {name: layout.total(x) for name, x in stats.items()}
+
+        return self.network.measure(batch, on_hidden)
+
+    def infer_top_k(self, batch, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         """(topk_ids_NK int64, topk_logits_NK float32, log_sum_N float32) of the action tokens; 0 elsewhere.
 
-        The k largest logits of each, in falling order, and log sum_v exp(logit_v) of the whole vocabulary.
+        The k largest logits of each, in falling order, and log sum_v exp(logit_v / temperature) over all of them.
         """
 
         def head(hidden: Tensor, layout: Layout) -> tuple[Tensor, ...]:
             logits_AV = self._logits(hidden, layout).float()
             top = logits_AV.topk(k)
-            return *top.indices.float().unbind(1), *top.values.unbind(1), logits_AV.logsumexp(1)
+            return *top.indices.float().unbind(1), *top.values.unbind(1), (logits_AV / temperature).logsumexp(1)
 
         columns = self.network.run(batch, head, outputs=2 * k + 1)  # float32 holds every token id exactly
         return torch.stack(columns[:k], 1).long(), torch.stack(columns[k : 2 * k], 1), columns[-1]

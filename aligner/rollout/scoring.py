@@ -1,16 +1,16 @@
 """Sampling and scoring side by side: rewards are asked for while other responses are still being decoded."""
 
-from collections import Counter
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from aligner.data.batch import Rollout, concatenate
+from aligner.data.batch import Rollout, concatenate, pack_turns
 from aligner.data.examples import Prompt
-from aligner.rollout.sampling import Response, Sampler, Sampling, pack_responses
+from aligner.rollout.conversation import Conversation, Dialogue, converse, number_repeats
+from aligner.rollout.sampling import Sampler, Sampling
 from aligner.rollout.transcript import Texts, Transcript
 from aligner.run import distributed
 from aligner.run.distributed import gather
@@ -63,59 +63,54 @@ def sample_and_score(
     n: int,
     transcript: Transcript,
     reward: Reward | None,
+    dialogue: Dialogue | None = None,
 ) -> Scored:
     """n responses to each prompt; `reward`, if any, gets the texts of a prompt's samples once all have finished.
 
     A request holds whole prompts and at least RESPONSES_AT_ONCE responses, except for the last. All ranks call it and
     get all responses: those that have a sampler, one a replica, share the prompts. A prompt that comes twice is given
     other responses the second time.
+
+    dialogue: who goes on after a response; None leaves it at one.
     """
     here = distributed.place()
-    mine = [] if sampler is None else list(range(here.data, len(prompts), here.replicas))
+    mine = [] if sampler is None else number_repeats(prompts)[here.data :: here.replicas]
     requests: list[tuple[list[int], Future]] = []
 
-    def sample() -> list[tuple[Response, str]]:
-        return _sample(sampler, mine, prompts, sampling, n, transcript, reward, requests) if mine else []
+    def sample() -> list[Conversation]:
+        if not mine:
+            return []
+        talks = converse(sampler, mine, sampling, n, transcript.decode, dialogue)
+        return _asking(talks, {i: n for i, _, _ in mine}, n, transcript, reward, requests)
 
-    sampled = [pair for pairs in gather(sample) for pair in pairs]
-    texts: list = [None] * (n * len(prompts))
-    for response, text in sampled:
-        prompt = prompts[response.prompt]
-        texts[n * response.prompt + response.sample] = (prompt.text, text, prompt.metadata)
+    talks = sorted((talk for talks in gather(sample) for talk in talks), key=lambda t: (t.index, t.sample))
     version = max(gather(lambda: -1 if sampler is None else sampler.weights_version))
-    rollout = pack_responses([list(p.tokens) for p in prompts], [response for response, _ in sampled], version)
-    return Scored(rollout=rollout, texts=_columns(texts), requests=requests)
+    rollout = pack_turns(
+        [(talk.prompt.tokens, talk.tokens, talk.actions, talk.logprobs) for talk in talks],
+        [talk.finished for talk in talks],
+        version,
+    )
+    return Scored(rollout=rollout, texts=_columns([_row(talk, transcript) for talk in talks]), requests=requests)
 
 
-def _sample(sampler, mine, prompts, sampling, n, transcript, reward, requests) -> list[tuple[Response, str]]:
-    """(response, its text) to the prompts of the indices `mine`; appends to `requests`."""
-    sampled: list[tuple[Response, str]] = []
-    unfinished = dict.fromkeys(mine, n)
-    texts: dict[int, tuple[str, str, dict]] = {}
-    for i, response in _streams(sampler, mine, prompts, sampling, n):
-        text = transcript.decode(response.tokens)
-        sampled.append((replace(response, prompt=i), text))
-        texts[n * i + response.sample] = (prompts[i].text, text, prompts[i].metadata)
-        unfinished[i] -= 1
-        ready = [b for b in texts if not unfinished[b // n]]
+def _asking(talks, unfinished: dict[int, int], n: int, transcript, reward, requests) -> list[Conversation]:
+    """All of the conversations; their rewards are asked for on the way, and `requests` grows."""
+    ended: list[Conversation] = []
+    rows: dict[int, tuple[str, str, dict]] = {}
+    for talk in talks:
+        ended.append(talk)
+        rows[n * talk.index + talk.sample] = _row(talk, transcript)
+        unfinished[talk.index] -= 1
+        ready = [b for b in rows if not unfinished[b // n]]
         if reward and ready and (len(ready) >= RESPONSES_AT_ONCE or not any(unfinished.values())):
-            requests.append((ready, reward.submit(*_columns([texts.pop(b) for b in ready]))))
-    return sampled
+            requests.append((ready, reward.submit(*_columns([rows.pop(b) for b in ready]))))
+    return ended
 
 
-def _streams(sampler, mine: list[int], prompts: list[Prompt], sampling: Sampling, n: int):
-    """(prompt index, response). Random streams come from a prompt's tokens: where it comes again, the seed changes."""
-    seen: Counter = Counter()
-    rounds: dict[int, list[int]] = {}
-    wanted = set(mine)
-    for i, prompt in enumerate(prompts):  # of all ranks, so that the layout changes nothing
-        if i in wanted:
-            rounds.setdefault(seen[prompt.tokens], []).append(i)
-        seen[prompt.tokens] += 1
-    for again, members in sorted(rounds.items()):
-        settings = replace(sampling, seed=sampling.seed ^ (again << 48))
-        for response in sampler.stream([list(prompts[i].tokens) for i in members], settings, n):
-            yield members[response.prompt], response
+def _row(talk: Conversation, transcript: Transcript) -> tuple[str, str, dict]:
+    """(prompt, all that was said after it, metadata, which has the turns of a conversation)."""
+    turns = {"turns": talk.turns} if len(talk.turns) > 1 else {}
+    return talk.prompt.text, transcript.decode(talk.tokens), talk.prompt.metadata | turns
 
 
 def _columns(rows: list[tuple[str, str, dict]]) -> Texts:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def atomic_write(path: Path, content: str | bytes | memoryview) -> None:
@@ -13,11 +14,18 @@ def atomic_write(path: Path, content: str | bytes | memoryview) -> None:
     path: the file; its folder must exist.
     content: text (written as UTF-8) or bytes.
     """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """The same for content that comes piece by piece: the file takes its name at the end, or is gone on failure."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

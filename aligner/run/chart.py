@@ -33,8 +33,32 @@ def line_chart(title: str, unit: str, series: Sequence[Series]) -> str:
     title, unit: shown above the plot.
     series: at least one, each with at least one point.
     """
+    legend = [(line.label, line.color) for line in series]
+    return _panel(title, unit, legend, _lines(series, "step", whole=True))
+
+
+def picture(title: str, x_label: str, series: Sequence[Series]) -> str:
+    """A whole SVG file with one line a series over numbers that are no steps; arguments as of line_chart.
+
+    title: what is plotted, with its unit. x_label: over what, with its unit.
+    """
+    legend = "".join(
+        f'<text x="{LEFT + 12}" y="{18 * i + 28}" fill="{line.color}" style="fill:{line.color};font-weight:600">'
+        f"{html.escape(line.label)}</text>"
+        for i, line in enumerate(series)
+    )
+    body = _lines(series, x_label, whole=False)
+    style = "text{font:11px system-ui,sans-serif;fill:#64748b}.grid{stroke:#e2e8f0}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -24 {WIDTH} {HEIGHT + 24}"><style>{style}</style>'
+        f'<rect y="-24" width="{WIDTH}" height="{HEIGHT + 24}" fill="#fff"/>'
+        f'<text x="{LEFT}" y="-8" style="font-size:13px;fill:#1e293b">{html.escape(title)}</text>{body}{legend}</svg>\n'
+    )
+
+
+def _lines(series: Sequence[Series], x_label: str, whole: bool) -> str:
     points = [point for line in series for point in line.points]
-    x, y = _Axis.over([p[0] for p in points], whole=True), _Axis.over([p[1] for p in points])
+    x, y = _Axis.over([p[0] for p in points], whole=whole), _Axis.over([p[1] for p in points])
     marks = []
     for line in series:
         place = [(_x(x, step), _y(y, value)) for step, value in line.points]
@@ -43,8 +67,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series]) -> str:
         if line.dots or len(place) == 1:
             marks += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{line.color}"/>' for a, b in place]
     marks += [hover for line in series for hover in _hovers(line, x, y)]
-    legend = [(line.label, line.color) for line in series]
-    return _panel(title, unit, legend, _frame(x, y) + "".join(marks))
+    return _frame(x, y, x_label=x_label) + "".join(marks)
 
 
 def stacked_bars(title: str, unit: str, steps: Sequence[int], phases: dict[str, Sequence[float]]) -> str:
@@ -108,7 +131,7 @@ def _y(axis: _Axis, value: float) -> float:
     return HEIGHT - BOTTOM - (value - axis.low) / (axis.high - axis.low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _frame(x: _Axis, y: _Axis, x_labels: list[tuple[float, str]] | None = None) -> str:
+def _frame(x: _Axis, y: _Axis, x_labels: list[tuple[float, str]] | None = None, x_label: str = "step") -> str:
     parts = []
     for tick in y.ticks:
         height = _y(y, tick)
@@ -116,7 +139,7 @@ def _frame(x: _Axis, y: _Axis, x_labels: list[tuple[float, str]] | None = None) 
         parts.append(f'<text x="{LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     labels = x_labels if x_labels is not None else [(_x(x, tick), _short(tick)) for tick in x.ticks]
     parts += [f'<text x="{a:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{text}</text>' for a, text in labels]
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{x_label}</text>')
     return "".join(parts)
 
 

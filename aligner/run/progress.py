@@ -47,7 +47,8 @@ class Progress:
         metrics: the step's numbers; those of KEY_NUMBERS are shown.
         """
         self.done = step
-        numbers = [f"{label} {form.format(metrics[name])}" for name, label, form in KEY_NUMBERS if name in metrics]
+        named = {label: form.format(metrics[name]) for name, label, form in reversed(KEY_NUMBERS) if name in metrics}
+        numbers = [f"{label} {named.pop(label)}" for _, label, _ in KEY_NUMBERS if label in named]
         numbers.append(f"ETA {self._remaining()}")
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description="  ".join(numbers))

@@ -15,6 +15,18 @@ PANELS = (
     ("KL to the reference", "nats per response", (("kl/mean", "training"), ("eval/kl/mean", "held out"))),
     ("Response length", "tokens", (("response_length/mean", "training"), ("eval/response_length/mean", "held out"))),
     ("Loss", "", (("loss", "training"), ("eval/loss", "held out"))),
+    ("Accuracy", "share of pairs", (("accuracy", "training"), ("eval/accuracy", "held out"))),
+    (
+        "Implicit rewards",
+        "beta times the log-ratio",
+        (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"), ("rewards/margin", "margin")),
+    ),
+    (
+        "Divergence from the teacher",
+        "nats",
+        (("loss/distillation", "training"), ("eval/loss/distillation", "held out")),
+    ),
+    ("Distance", "nats", (("distance", "training"), ("eval/distance", "held out"))),
     ("Entropy", "nats per token", (("entropy/mean", "policy"),)),
     ("Clip fraction", "share of tokens", (("clip_fraction", "policy"),)),
     ("Value loss", "squared reward units", (("loss/value", "critic"),)),
@@ -84,7 +96,12 @@ def _phases(row: dict) -> dict[str, float]:
 
 def _summary(metrics: list[dict]) -> str:
     tiles = [("steps", f"{metrics[-1]['step']}")]
-    for name, label in (("eval/reward/mean", "held-out reward"), ("reward/mean", "training reward")):
+    for name, label in (
+        ("eval/reward/mean", "held-out reward"),
+        ("reward/mean", "training reward"),
+        ("eval/accuracy", "held-out accuracy"),
+        ("eval/loss", "held-out loss"),
+    ):
         if points := _points(metrics, name):
             first, last = points[0][1], points[-1][1]
             tiles.append((label, f"{first:+.3f} → {last:+.3f}" if len(points) > 1 else f"{last:+.3f}"))

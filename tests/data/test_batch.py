@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from aligner.data.batch import PolicyBatch, Rollout, minibatches, pack_rollout, response_tokens
+from aligner.data.batch import (
+    PairBatch,
+    PolicyBatch,
+    Rollout,
+    SupervisedBatch,
+    minibatches,
+    pack_examples,
+    pack_last,
+    pack_pairs,
+    pack_pairs_last,
+    pack_rollout,
+    response_tokens,
+)
+from aligner.data.examples import Example, Pair
 
 
 def rollout() -> Rollout:
@@ -49,3 +62,38 @@ def test_a_sequence_must_end_in_an_action():
         Rollout(**{**vars(r), "action_mask_N": mask_N})
     with pytest.raises(ValueError, match="cu_seqlens ends at 9, expected 10"):
         Rollout(**{**vars(r), "cu_seqlens": torch.tensor([0, 4, 9], dtype=torch.int32)})
+
+
+def pair(chosen, rejected) -> Pair:
+    return Pair(chosen=sequence(chosen), rejected=sequence(rejected))
+
+
+def sequence(response) -> Example:
+    return Example(tokens=(7, 8, *response), mask=(False, False) + (True,) * len(response))
+
+
+def fields(batch) -> tuple[list, list, list]:
+    assert (batch.tokens_N.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int32)
+    assert batch.action_mask_N.dtype == torch.bool
+    return batch.tokens_N.tolist(), batch.cu_seqlens.tolist(), batch.action_mask_N.int().tolist()
+
+
+def test_supervised_sequences_are_packed():
+    batch = pack_examples([sequence([1, 2]), sequence([3])])
+    assert isinstance(batch, SupervisedBatch)
+    assert fields(batch) == ([7, 8, 1, 2, 7, 8, 3], [0, 4, 7], [0, 0, 1, 1, 0, 0, 1])
+    last = pack_last([(7, 8, 1, 2), (3,)])
+    assert isinstance(last, SupervisedBatch)
+    assert fields(last) == ([7, 8, 1, 2, 3], [0, 4, 5], [0, 0, 0, 1, 1])
+
+
+def test_pairs_are_packed_side_by_side():
+    pairs = [pair([1, 2], [3]), pair([4], [5, 6])]
+    batch = pack_pairs(pairs)
+    tokens, starts = [7, 8, 1, 2, 7, 8, 3, 7, 8, 4, 7, 8, 5, 6], [0, 4, 7, 10, 14]
+    assert isinstance(batch, PairBatch) and batch.together == 2
+    assert fields(batch) == (tokens, starts, [0, 0, 1, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 1])
+    last = pack_pairs_last(pairs)
+    assert isinstance(last, PairBatch)
+    assert fields(last) == (tokens, starts, [0, 0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 1])
+    assert fields(batch.take([2, 3]))[0] == tokens[7:]
