@@ -15,9 +15,11 @@ from aligner import generate, ppo
 from aligner.checkpoint import training
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import response_tokens
+from aligner.job import job
 from aligner.models.critic import Critic, CriticConfig
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
+from aligner.models.policy import Policy
 from aligner.models.shape import ModelShape
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
@@ -237,7 +239,7 @@ def test_generate_from_a_run(straight: Path, capsys):
         (["--reward.function", "tests.programs.rewards:too_few"], r"returned 2 numbers for 1 responses"),
         (["--batch.minibatch-sequences", "3"], r"batch.sequences is 8, not a multiple of batch.minibatch-sequences 3"),
         (["--batch.samples-per-prompt", "5"], r"not a multiple of batch.samples-per-prompt 5"),
-        (["--batch.sequences", "64", "--batch.samples-per-prompt", "1"], r"takes 64 prompts, but there are only 23"),
+        (["--batch.sequences", "64", "--batch.samples-per-prompt", "1"], r"takes 64 examples, but there are only 23"),
         (["--sampling.max-tokens", "126"], r"prompts.jsonl:1.* 2"),
         (["--sampling.temperature", "0"], r"temperature is 0"),
         (["--policy.lora.targets", "linear_q"], r"linear_q"),
@@ -247,8 +249,8 @@ def test_generate_from_a_run(straight: Path, capsys):
     ],
 )
 def test_wrong_input_is_told_before_any_long_work(arguments, tmp_path, extra, message, monkeypatch):
-    monkeypatch.setattr(ppo, "repeat", lambda *a, **k: pytest.fail("the run started"))
-    monkeypatch.setattr(ppo.Policy, "__init__", lambda *a, **k: pytest.fail("the policy was loaded"))
+    monkeypatch.setattr(job, "repeat", lambda *a, **k: pytest.fail("the run started"))
+    monkeypatch.setattr(Policy, "__init__", lambda *a, **k: pytest.fail("the policy was loaded"))
     with pytest.raises(ValueError, match=message) as caught:
         ppo.main([*arguments, "--output", str(tmp_path / "run"), *extra])
     assert "\n" not in str(caught.value)

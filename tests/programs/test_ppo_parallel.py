@@ -84,7 +84,7 @@ def test_tensor_and_pipeline_parallel_then_resumed_in_two_replicas(alone: Path, 
     run = tmp_path / "run"
     done = launch(4, arguments(run, model=model) + ["--parallel.tensor", "2", "--parallel.pipeline", "2"])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tuned policy: ") == done.stdout.count("step 2/2") == 1
+    assert done.stdout.count("tuned model: ") == done.stdout.count("step 2/2") == 1
     check_same_run(run, alone, steps=2)
     # The step is told apart by the learning rate's schedule and the sampling seed, and must be the third on both.
     for processes, layout in ((1, []), (2, ["--parallel.offload"])):
