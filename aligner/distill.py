@@ -130,8 +130,8 @@ def check_tokenizer(job: Job, teacher: str) -> None:
         odd = {token for token, _ in theirs.items() ^ ours.items()}
         raise ValueError(
             f"the teacher {teacher!r} has another tokenizer than the student (it has {len(theirs)} tokens, the "
-            f"student's {len(ours)}, and {len(odd)} have another id or none), and distillation across tokenizers is not "
-            "supported; take a teacher of the same family."
+            f"student's {len(ours)}, and {len(odd)} have another id or none), and distillation across tokenizers is "
+            "not supported; take a teacher of the same family."
         )
 
 

@@ -164,7 +164,7 @@ def test_a_second_run_reads_the_cache(folder: Path, command, tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "change",
-    [{"teacher": "other"}, {"temperature": 3.0}, {"top-k": 7}, {"data": "held_out.jsonl"}, {"eval-data": "train.jsonl"}],
+    [{"teacher": "other"}, {"temperature": 3}, {"top-k": 7}, {"data": "held_out.jsonl"}, {"eval-data": "train.jsonl"}],
 )
 def test_a_cache_of_something_else_is_refused(folder: Path, command, tmp_path, change: dict):
     cached = command | {"cache": tmp_path / "kept.jsonl"}
