@@ -94,6 +94,7 @@ def test_readme_names_every_script_its_layout_and_only_options_that_exist():
 def test_every_option_named_anywhere_exists():
     """In comments and prose too."""
     known = {f"--{name}" for name in config.flat(program("aligner.ppo").Config())}
+    known |= {"--data"}  # short for --data.files
     known |= set(re.findall(r"--[a-z][a-z-]+", torchrun_program.get_args_parser().format_help()))
     slurm = {"--nodes", "--relative", "--kill-on-bad-exit", "--job-name", "--gpus-per-node", "--ntasks-per-node"}
     slurm |= {"--exclusive", "--time", "--signal", "--requeue", "--output"}

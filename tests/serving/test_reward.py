@@ -1,10 +1,18 @@
 """User-written rewards: how they are found, what they must return, and that they run beside the main thread."""
 
+import importlib.machinery
+import importlib.util
+import sys
 import threading
+import types
 
 import pytest
+import torch
 
-from aligner.serving.reward import RewardFunction, load_reward
+from aligner.data.batch import pack_rollout
+from aligner.serving.reasoning import VerifiedAnswer
+from aligner.serving.reward import RewardConfig, RewardFunction, load_reward
+from aligner.serving.rewards import Rewards
 
 MODULE = """
 made = 0
@@ -101,6 +109,10 @@ def test_numpy_numbers_become_floats():
     assert values == [0.0, 1.0] and all(type(value) is float for value in values)
 
 
+def rewards(*functions, weights: tuple[float, ...]) -> Rewards:
+    return Rewards([reward(function) for function in functions], [], weights)
+
+
 def test_submit_runs_beside_the_caller_in_order_in_one_thread():
     gate, threads = threading.Event(), []
 
@@ -109,16 +121,57 @@ def test_submit_runs_beside_the_caller_in_order_in_one_thread():
         threads.append(threading.get_ident())
         return [float(prompts[0])]
 
-    score = reward(slow)
+    score = rewards(slow, lambda p, r, m: [7.0], weights=(1.0, 2.0))
     futures = [score.submit([str(i)], ["r"], [{}]) for i in range(3)]
     assert not any(future.done() for future in futures)
     gate.set()
-    assert [future.result(10) for future in futures] == [[0.0], [1.0], [2.0]]
+    assert [future.result(10) for future in futures] == [[[0.0, 7.0]], [[1.0, 7.0]], [[2.0, 7.0]]]
     assert len(set(threads)) == 1 and threads[0] != threading.get_ident()
-    score.close()
 
 
 def test_a_failure_in_the_worker_reaches_the_caller():
-    future = reward(lambda p, r, m: []).submit(["p"], ["r"], [{}])
+    future = rewards(lambda p, r, m: [], weights=(1.0,)).submit(["p"], ["r"], [{}])
     with pytest.raises(ValueError, match="returned 0 numbers for 1 responses"):
         future.result(10)
+
+
+def test_a_weighted_sum_of_functions():
+    rollout = pack_rollout([[5], [6]], [[7], [8, 9]], [[-1.0], [-1.0] * 2], [True, False], 0)
+    score = rewards(lambda p, r, m: [1.0, 2.0], lambda p, r, m: [10.0, -10.0], weights=(0.5, 2.0))
+    assert score.total(torch.tensor([[1.0, 10.0], [2.0, -10.0]]), rollout).tolist() == [20.5, -19.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": (1.0, 2.0)}, r"reward.weights has 2 numbers for 1 rewards; give one each"),
+        ({"function": ("a:f", "b:g"), "model": ("m",), "weights": (1.0,)}, r"has 1 numbers for 3 rewards"),
+        ({"std": 0.0}, r"reward.std and reward.clip must be above 0, got 0.0 and None"),
+        ({"clip": -1.0}, r"must be above 0, got 1.0 and -1.0"),
+    ],
+)
+def test_wrong_options(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        RewardConfig(**options)
+
+
+def test_the_default_reward_stands_in_for_none():
+    assert RewardConfig().functions() == ("aligner.serving.sentiment:PositiveReview",)
+    assert RewardConfig(model=("m",)).functions() == ()
+    assert RewardConfig(function=("a:f",), model=("m",)).functions() == ("a:f",)
+
+
+def test_verified_answers(monkeypatch):
+    checker = types.ModuleType("reasoning_gym")
+    checker.get_score_answer_fn = lambda task: {"sum": lambda answer, entry: float(answer == entry["answer"])}[task]
+    checker.__spec__ = importlib.machinery.ModuleSpec("reasoning_gym", None)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", checker)
+    score = load_reward("aligner.serving.reasoning:VerifiedAnswer")
+    entry = {"source_dataset": "sum", "answer": "7", "metadata": {}}
+    assert score(["3 + 4 ="] * 3, [" 7\n", "8", "7"], [entry, entry, {}]) == [1.0, 0.0, 0.0]
+
+
+def test_verified_answers_need_their_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install reasoning-gym"):
+        VerifiedAnswer()
