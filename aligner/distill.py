@@ -84,16 +84,27 @@ def taught(c: Config, teacher: Policy, examples: Dataset | list) -> Iterator[dic
                 "topk_token_ids": ids_NK[a + 1 : b].tolist(),
                 "topk_logits": [[round(x, 4) for x in row] for row in logits_NK[a + 1 : b].tolist()],
                 "log_sum_exp_logits": log_sum_N[a + 1 : b].tolist(),
-                "teacher": [c.teacher, c.temperature],
+                "teacher": origin(c),
             }
+
+
+def origin(c: Config) -> list:
+    """What a cache's logits are of."""
+    return [c.teacher, c.temperature, c.top_k, c.data.files, c.eval_data]
 
 
 def ask_teacher(c: Config, job: Job) -> tuple[Dataset, list]:
     """(training examples, held-out ones) with the teacher's logits, from the cache or through it."""
     path = c.cache or job.directory.path / "teacher.jsonl"
     caches = [path, path.with_suffix(".held-out.jsonl")]
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not caches[0].exists():
         sides = load_examples(job, SUPERVISED, review_rows)
+        if sides[0].weighted:
+            raise ValueError(
+                "the teacher's logits of all --data are kept in one file and not blended by weights; write each file "
+                "as often as it is to be read."
+            )
         teacher = job.policy(folder=model_folder(c.teacher), **FROZEN)
         for cache, examples in zip(reversed(caches), reversed(sides), strict=True):
             if examples:
@@ -104,9 +115,9 @@ def ask_teacher(c: Config, job: Job) -> tuple[Dataset, list]:
         if cache.exists()
     ]
     made = opened[0][0].metadata.get("teacher")
-    if made != [c.teacher, c.temperature]:
+    if made != origin(c):
         raise ValueError(
-            f"{path} holds logits of the teacher {made}, not of {[c.teacher, c.temperature]} (model, temperature); "
+            f"{path} holds logits of {made}, not of {origin(c)} (teacher, temperature, top-k, data, held-out data); "
             "remove it or name another --cache."
         )
     return opened[0], opened[1].first(c.eval_examples) if len(opened) > 1 else []
@@ -116,10 +127,11 @@ def check_tokenizer(job: Job, teacher: str) -> None:
     """Raise ValueError when the teacher's token ids mean something else than the student's."""
     theirs, ours = load_tokenizer(model_folder(teacher)).get_vocab(), job.tokenizer.get_vocab()
     if theirs != ours:
-        odd = sum(theirs.get(token) != i for token, i in ours.items())
+        odd = {token for token, _ in theirs.items() ^ ours.items()}
         raise ValueError(
-            f"the teacher {teacher!r} has another tokenizer than the student ({odd} of {len(ours)} tokens have another "
-            "id or none), and distillation across tokenizers is not supported; take a teacher of the same family."
+            f"the teacher {teacher!r} has another tokenizer than the student (it has {len(theirs)} tokens, the "
+            f"student's {len(ours)}, and {len(odd)} have another id or none), and distillation across tokenizers is "
+            "not supported; take a teacher of the same family."
         )
 
 
@@ -159,6 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.teacher:
         check_tokenizer(job, config.teacher)
         shape = ModelShape.from_folder(model_folder(config.teacher))
+        if config.top_k > shape.vocab:
+            raise ValueError(f"top-k is {config.top_k}, and the teacher has {shape.vocab} tokens; lower it.")
         plans.append(NetworkPlan(name="teacher", shape=shape, lora=config.lora, trained=False))
     if job.dry_run(*plans):
         return 0

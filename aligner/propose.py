@@ -2,6 +2,7 @@ r"""Weighted responses for SteerLM 2: `python -m aligner.propose --model Q --bas
 
     y_1 ... y_n ~ Q(y | a, x) for conversations x whose last answer has the label a;   written with each are
     log Q(y | a, x), log P(y | x), summed over the response, log P(a | x, y) = -sum_k (a_k - f_k(x, y))^2 / (2 sigma^2)
+    Q is at the sampling temperature, P at 1, as the model that is trained on the lines
 
 Source: Wang et al. 2024, arXiv:2406.08673 (SteerLM 2.0), which turns the attribute model's numbers f_k into
 probabilities by other means; here they are the means of normal distributions of one width sigma.
@@ -61,14 +62,19 @@ class Asked:
     values: list[float]
 
 
-def read_line(row: dict, where: str) -> Asked:
-    """Of NeMo-Aligner's chat format, whose last turn is the assistant's and has a label."""
+def read_line(row: dict, where: str, attributes: int) -> Asked:
+    """Of NeMo-Aligner's chat format, whose last turn is the assistant's and has a label of that many attributes."""
     try:
         turns, labels = fields.turns(row, "conversations")
         last = len(turns) - 1
         if last not in labels or turns[last]["role"] != "assistant":
             raise ValueError('the last turn of "conversations" must be the assistant\'s, with a "label".')
         values = [float(part.rpartition(":")[2]) for part in labels[last].split(",")]
+        if len(values) != attributes:
+            raise ValueError(
+                f"the label {labels[last]!r} has {len(values)} attributes, and the attribute model gives {attributes}; "
+                "take the one that wrote the labels."
+            )
     except (KeyError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
@@ -114,18 +120,18 @@ def main(argv: list[str] | None = None) -> int:
     config = options.parse(Config, argv)
     check_output(config.output)
     job = Job("propose", config)
-    files = [JsonLines(Path(file)) for file in config.data.files.split(",")]
-    asked = [read_line(lines.row(i), lines.where(i)) for lines in files for i in range(len(lines))]
     folder, base_folder = model_folder(config.attribute_model), model_folder(config.base)
     attributes, shape = attributes_of(folder), ModelShape.from_folder(folder)
-    if attributes != len(asked[0].values):
+    if not attributes:
         raise ValueError(
-            f"the labels have {len(asked[0].values)} attributes, and {config.attribute_model!r} gives {attributes}; "
-            "take the attribute model that wrote them."
+            f"--attribute-model {config.attribute_model!r} is no reward model; train one with "
+            "`python -m aligner.reward_model --loss regression`."
         )
+    files = [JsonLines(Path(file)) for file in config.data.files.split(",")]
+    asked = [read_line(lines.row(i), lines.where(i), attributes) for lines in files for i in range(len(lines))]
     job.join()
     actor = silent_actor(job)
-    base = job.policy(temperature=config.sampling.temperature, folder=base_folder, **FROZEN)
+    base = job.policy(folder=base_folder, **FROZEN)
     read = huggingface.Weights(folder, reward_model_tensors(shape, attributes))
     frozen = {"lora": LoRAConfig(rank=0), "optimizer": None}
     judge = RewardModel(shape, read, attributes=attributes, trained=True, **frozen, **job.shared())

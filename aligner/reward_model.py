@@ -136,11 +136,15 @@ def export_changes(job: Job, model: RewardModel) -> dict[str, dict]:
 
 
 def validation_sets(job: Job, use) -> list[tuple[str, list]]:
-    """(name, examples) of every file of --eval-data; of a single one without a name."""
+    """(name, examples) of every file of --eval-data; the name of a single one is empty."""
     c = job.config
     files = [file for file in c.eval_data.split(",") if file] if c.eval_examples else []
     opened = [Dataset.open(f, c.data, use, job.encoder, room=job.shape.context, seed=c.seed) for f in files]
     names = [Path(file).stem for file in files] if len(files) > 1 else [""]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"--eval-data has two files of one name ({', '.join(names)}), by which they are logged; rename one."
+        )
     return [(name, data.first(c.eval_examples)) for name, data in zip(names, opened, strict=False)]
 
 

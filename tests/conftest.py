@@ -51,8 +51,9 @@ def save_model(folder: Path, family: str, *, vocab_size: int = 49152, **changes)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    sizes = TINY | {"num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": vocab_size} | changes
-    config = AutoConfig.for_model(family, **sizes, initializer_range=0.08, bos_token_id=1, eos_token_id=2)
+    sizes = TINY | {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.08}
+    sizes |= {"vocab_size": vocab_size} | changes
+    config = AutoConfig.for_model(family, **sizes, bos_token_id=1, eos_token_id=2)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -164,6 +164,11 @@ class Dataset(Generic[T]):
         return examples
 
     @property
+    def weighted(self) -> bool:
+        """Whether it blends files by weight."""
+        return self._blend is not None
+
+    @property
     def counts(self) -> Counts:
         """What became of the examples that were read so far."""
         kinds = np.bincount(self._known, minlength=5)

@@ -39,27 +39,27 @@ def rows(kind: str) -> list[dict]:
             "rejected_reward": 1.0,
         },
         "judged": lambda: {"prompt": text(g, 5), "completion": text(g, 6), "label": g.random() < 0.5},
-        "weighted": lambda: weighted(g),
         "rated": lambda: {"prompt": text(g, 5), "response": text(g, 6), "label": [g.random(), g.random()]},
+        "weighted": lambda: {
+            "prompt_turns": [{"from": "User", "value": text(g, 5)}],
+            "label": "w2:1",
+            "responses": [answer(g) for _ in range(3)],
+        },
     }
     return [made[kind]() for _ in range(12)]
 
 
-def weighted(g: random.Random) -> dict:
-    """A prompt with three responses and what SteerLM 2 has to know of each."""
-    names = ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")
-    responses = [
-        {"from": "Assistant", "value": text(g, 6)} | {name: -5 * g.random() for name in names} for _ in range(3)
-    ]
-    turns = [{"from": "User", "value": text(g, 5)}]
-    return {"system": "w0", "prompt_turns": turns, "label": "w4", "responses": responses}
+def answer(g: random.Random) -> dict:
+    logs = {name: -20 * g.random() for name in ("log(P(a|x,y))", "log(P(y|x))", "log(Q(y|a,x))")}
+    return {"from": "Assistant", "value": text(g, 6)} | logs
 
 
 @dataclass(frozen=True)
 class Program:
-    """kind: of its data. options: its own, next to those of all; {folder} is that of `prepare`.
-    trained: groups of options of the trained networks. steps: options of a run of that many steps in all, an even
-    number."""
+    """kind: of its data. options: its own, next to those of all; {folder} in them is that of `prepare`.
+    trained: groups of options of the trained networks.
+    steps: options of a run of that many steps in all, an even number.
+    """
 
     name: str
     kind: str
@@ -81,7 +81,7 @@ class Program:
         shared["batch.tokens-per-micro-batch"] = 24
         for group in self.trained:
             shared |= {f"{group}{name}": value for name, value in OPTIMIZER.items()} | {f"{group}lora.rank": rank}
-        own = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in self.options.items()}
+        own = {name: x.format(folder=folder) if isinstance(x, str) else x for name, x in self.options.items()}
         return shared | self.steps(n) | own
 
 
@@ -105,16 +105,16 @@ PROGRAMS = [
     Program("grpo", "prompts", {"batch.minibatch-sequences": 4}),
     Program("reinforce", "prompts"),
     Program("rejection_sampling", "prompts"),
-    Program("distill", "supervised", {"teacher": "{folder}/teacher", "top-k": 5, "sft-coef": 0.3}),
     Program("steerlm", "weighted", {"loss": "steerlm2"}),
+    Program("distill", "supervised", {"teacher": "{folder}/teacher", "top-k": 5, "sft-coef": 0.1}),
 ]
 NAMES = [program.name for program in PROGRAMS]
 
 
 def prepare(folder: Path) -> Path:
-    """A model, a teacher, and data of every kind."""
+    """A model and data of every kind."""
     save_bandit(folder / "model", num_hidden_layers=2)
-    save_bandit(folder / "teacher", num_hidden_layers=3, hidden_size=48)
+    save_bandit(folder / "teacher", num_hidden_layers=1)
     for kind in {program.kind for program in PROGRAMS}:
         write(folder / f"{kind}.jsonl", rows(kind))
     return folder
