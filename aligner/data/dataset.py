@@ -23,7 +23,7 @@ UNREAD, GOOD, TRUNCATED, BAD, TOO_LONG = range(5)  # what is known of an example
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     files: str = ""
-    """JSONL files, comma-separated; FILE:WEIGHT for each blends them by weight."""
+    """JSONL files, comma-separated; FILE:WEIGHT for each blends them by weight. --data FILE is short for it."""
     chat_template: Path | None = None
     """Jinja file used in place of the tokenizer's chat template."""
     max_tokens: int = 0

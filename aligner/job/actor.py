@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aligner import ops
 from aligner.checkpoint import huggingface
 from aligner.checkpoint.model_folder import model_folder
 from aligner.data.batch import Rollout
@@ -23,7 +24,7 @@ from aligner.models.policy import Policy
 from aligner.models.reward_model import RewardModel, attributes_of, reward_model_tensors
 from aligner.models.shape import ModelShape
 from aligner.refit.replica import Replica
-from aligner.rollout.conversation import Dialogue, EnvironmentConfig, load_environment
+from aligner.rollout.conversation import Dialogue, load_environment
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.scoring import Scored, sample_and_score
 from aligner.rollout.transcript import Transcript
@@ -92,11 +93,13 @@ class Actor:
         dtype = self.config.sampling.dtype
         self.replica = Replica(policy, lambda: NativeSampler(policy.shape, dtype=dtype, tokenizer=job.folder))
         self.replica.refit(job.start)
-        self._dialogue = agree(lambda: self._load_dialogue())
+        self._dialogue = agree(self._load_dialogue)
 
     def _load_dialogue(self) -> Dialogue | None:
-        c: EnvironmentConfig = getattr(self.config, "environment", EnvironmentConfig())
-        if not c.function or self.replica.sampler is None:
+        if not isinstance(self.config, OnlineConfig) or self.replica.sampler is None:
+            return None
+        c = self.config.environment
+        if not c.function:
             return None
         environment = load_environment(c.function)
         return Dialogue(environment=environment, encoder=self.job.encoder, max_turns=c.max_turns)
@@ -123,12 +126,11 @@ class Actor:
 
     def shaped(self, raw_B: Tensor, rollout: Rollout, overlong: tuple[float, float, float] | None = None) -> Tensor:
         """What is trained on: standardised, clipped, less penalties (losses.shaping)."""
-        c, lengths = self.config.reward, torch.zeros(len(raw_B))
-        lengths.index_add_(0, _sequence(rollout), rollout.action_mask_N.float())
+        c = self.config.reward
         return shape_rewards(
             raw_B,
             rollout.finished_B,
-            lengths,
+            ops.segment_sum(rollout.action_mask_N.float(), rollout.cu_seqlens),
             mean=c.mean,
             std=c.std,
             clip=c.clip,
@@ -154,9 +156,3 @@ class Actor:
             log_ratio_N = self.policy.infer(rollout)[0] - self.policy.infer_reference(rollout)
         metrics = rollout_statistics(rollout, rewards_B, log_ratio_N, prefix="eval/")
         return metrics, self.transcript.rows(number, "eval", scored.texts, rewards_B)
-
-
-def _sequence(rollout: Rollout) -> Tensor:
-    """Which sequence each token is of."""
-    counts = (rollout.cu_seqlens[1:] - rollout.cu_seqlens[:-1]).long()
-    return torch.repeat_interleave(torch.arange(len(counts)), counts)

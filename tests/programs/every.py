@@ -57,7 +57,8 @@ def answer(g: random.Random) -> dict:
 @dataclass(frozen=True)
 class Program:
     """kind: of its data. options: its own, next to those of all; {folder} in them is that of `prepare`.
-    trained: groups of options of the trained networks. steps: options of a run of that many steps, an even number.
+    trained: groups of options of the trained networks.
+    steps: options of a run of that many steps in all, an even number.
     """
 
     name: str

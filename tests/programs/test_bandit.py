@@ -227,6 +227,42 @@ def test_spin_converges_to_the_data(learn, start_PV):
     assert (distance < 0.02).all() and (distance < divergence(DATA_PV, start_PV) / 15).all()
 
 
+@pytest.mark.parametrize("loss", ["forward_kl", "backward_kl"])
+def test_distillation(learn, start_PV, tmp_path, loss: str):
+    """All of the teacher's distribution is handed over, of which the data shows one token each time."""
+    teacher = save_bandit(tmp_path / "teacher", num_hidden_layers=2, hidden_size=48)
+    teacher_PV = log_probabilities(teacher)
+    rows = [{"prompt": chat(prompt), "completion": "w1"} for prompt in PROMPTS]
+    options = {"teacher": teacher, "top-k": len(VOCABULARY), "loss": loss, "batch.examples": len(rows)}
+    done = learn("distill", rows, OFFLINE | options)
+    check_learnt(log_probabilities(done / "policy"), teacher_PV, start_PV, 0.001)
+
+
+def test_steerlm2(learn, start_PV):
+    """Of responses that are all there are: pi = P(a | x, y) P(y | x) / Z, whoever proposed them."""
+    likely_V, base_V = REWARDS_V - 2, EMPIRICAL_V
+    rows = [
+        {
+            "prompt_turns": [{"from": "User", "value": prompt}],
+            "responses": [
+                {
+                    "from": "Assistant",
+                    "value": text,
+                    "log(P(a|x,y))": float(likely_V[i]),
+                    "log(P(y|x))": float(base_V[i]),
+                    "log(Q(y|a,x))": float(proposed_V[i]),
+                }
+                for i, text in enumerate(VOCABULARY)
+            ],
+        }
+        for prompt, proposed_V in zip(PROMPTS, start_PV, strict=True)
+    ]
+    done = learn("steerlm", rows, OFFLINE | {"loss": "steerlm2", "batch.examples": len(rows)})
+    wanted_PV = (likely_V + base_V).log_softmax(-1).expand(len(PROMPTS), -1)
+    check_learnt(log_probabilities(done / "policy"), wanted_PV, start_PV, 0.002)
+    assert metrics(done)[-1]["distance"] < 0.002 < 0.3 < metrics(done)[1]["distance"]
+
+
 def scores(folder: Path) -> Tensor:
     """(vocabulary, attributes) float64: of each response to the first prompt, by transformers."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()

@@ -168,5 +168,6 @@ def test_dry_run_says_who_would_hold_what(program: Program, folder: Path, tmp_pa
     printed = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     assert "2 processes: 2 tensor x" in printed
-    for network in {"ppo": ["policy", "critic"], "reward_model": ["reward model"]}.get(program.name, ["policy"]):
+    networks = {"ppo": ["policy", "critic"], "reward_model": ["reward model"], "distill": ["policy", "teacher"]}
+    for network in networks.get(program.name, ["policy"]):
         assert network in printed
