@@ -80,7 +80,10 @@ def read_constitution(path: Path | None) -> list[dict[str, str]]:
         missing = [key for key in ("critique", "revision", "preference") if key not in row]
         if missing:
             raise ValueError(f'{lines.where(i)}: got no "{missing[0]}", expected "critique", "revision", "preference".')
-        principles.append({key: fields.text(row, key) for key in ("critique", "revision", "preference")})
+        try:
+            principles.append({key: fields.text(row, key) for key in ("critique", "revision", "preference")})
+        except ValueError as error:
+            raise ValueError(f"{lines.where(i)}: {error}") from None
     return principles
 
 
@@ -98,12 +101,13 @@ class Speaker:
     def __init__(self, job: Job, actor: Actor, seed: int):
         self.job, self.actor, self.seed, self.calls = job, actor, seed, 0
 
-    def answers(self, chats: list[Chat], n: int = 1) -> list[str]:
-        """n answers to each chat, one after the other; every call draws anew."""
+    def answers(self, chats: list[Chat], n: int = 1) -> tuple[list[str], list[bool]]:
+        """(n answers to each chat, one after the other; whether each ended by itself). Every call draws anew."""
         self.calls += 1
         rendered = [self.job.encoder.prompt(chat) for chat in chats]
         prompts = [Prompt(text=text, tokens=tokens, metadata={}) for text, tokens in rendered]
-        return self.actor.answer(prompts, n, self.seed * 2**32 + self.calls).texts[1]
+        scored = self.actor.answer(prompts, n, self.seed * 2**32 + self.calls)
+        return scored.texts[1], scored.rollout.finished_B.tolist()
 
     def log_odds(self, chats: list[Chat], first: str, second: str) -> torch.Tensor:
         """log P(first) - log P(second) as the answer to each chat, nats."""
@@ -111,7 +115,7 @@ class Speaker:
         words = [encoder.tokenizer(word, add_special_tokens=False)["input_ids"] for word in (first, second)]
         tokens = [encoder.prompt(chat)[1] for chat in chats]
         batch = pack_examples([Example.of(prompt, word) for prompt in tokens for word in words])
-        sums_B = ops.segment_sum(self.actor.policy.infer(batch)[0], batch.cu_seqlens)
+        sums_B = ops.segment_sum(self.actor.policy.infer(batch, temperature=1.0)[0], batch.cu_seqlens)
         return sums_B[0::2] - sums_B[1::2]
 
 
@@ -124,16 +128,16 @@ def revised(c: Config, speaker: Speaker, batches: list, principles: list[dict]) 
     draw = random.Random(c.seed)
     for prompts in batches:
         chats = [chat_of(p) for p in prompts]
-        first = current = speaker.answers(chats)
+        first = current = speaker.answers(chats)[0]
         talks, critiques = [[*chat, said(a)] for chat, a in zip(chats, first, strict=True)], []
         for _ in range(c.revisions):
             chosen = [draw.choice(principles) for _ in prompts]
             talks = [[*talk, asked(p["critique"])] for talk, p in zip(talks, chosen, strict=True)]
-            critiques = speaker.answers(talks)
+            critiques = speaker.answers(talks)[0]
             talks = [
                 [*talk, said(a), asked(p["revision"])] for talk, a, p in zip(talks, critiques, chosen, strict=True)
             ]
-            current = speaker.answers(talks)
+            current = speaker.answers(talks)[0]
             talks = [[*talk, said(a)] for talk, a in zip(talks, current, strict=True)]
         for chat, before, critique, after in zip(chats, first, critiques, current, strict=True):
             if after.strip():
@@ -154,15 +158,18 @@ def preferred(c: Config, speaker: Speaker, batches: list, principles: list[dict]
     draw = random.Random(c.seed)
     for prompts in batches:
         chats = [chat_of(p) for p in prompts]
-        answers = speaker.answers(chats, 2)
+        answers, finished = speaker.answers(chats, 2)
         pairs, chosen = list(zip(answers[0::2], answers[1::2], strict=True)), [draw.choice(principles) for _ in prompts]
         asking = list(zip(chats, chosen, pairs, strict=True))
         forward = speaker.log_odds([question(chat, p, a, b) for chat, p, (a, b) in asking], "A", "B").sigmoid()
         backward = speaker.log_odds([question(chat, p, b, a) for chat, p, (a, b) in asking], "B", "A").sigmoid()
-        for chat, (a, b), p in zip(chats, pairs, ((forward + backward) / 2).tolist(), strict=True):
-            if a.strip() and b.strip() and a != b:
-                best, worst, p = (a, b, p) if p >= 0.5 else (b, a, 1 - p)
-                yield {"prompt": chat, "chosen": best, "rejected": worst, "chosen_reward": p, "rejected_reward": 1 - p}
+        for i, (chat, said, p) in enumerate(zip(chats, pairs, ((forward + backward) / 2).tolist(), strict=True)):
+            if all(text.strip() for text in said) and said[0] != said[1]:
+                best = 0 if p >= 0.5 else 1
+                row = {"prompt": chat}
+                for name, k, reward in (("chosen", best, max(p, 1 - p)), ("rejected", 1 - best, min(p, 1 - p))):
+                    row |= {name: said[k], f"{name}_reward": reward, f"{name}_finished": finished[2 * i + k]}
+                yield row
 
 
 def main(argv: list[str] | None = None) -> int:

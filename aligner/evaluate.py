@@ -77,11 +77,15 @@ def answered(actor: Actor, batches: list, seed: int) -> tuple[list[str], Tensor,
     return texts, torch.cat(rewards), rollouts
 
 
+def mean_of(name: str, values_B: Tensor) -> dict[str, float]:
+    """With its standard error, which a single value has not: 0."""
+    error = values_B.std() / len(values_B) ** 0.5 if len(values_B) > 1 else 0.0
+    return {f"{name}/mean": float(values_B.mean()), f"{name}/standard_error": float(error)}
+
+
 def measured(texts: list[str], rewards_B: Tensor, rollouts: list) -> dict[str, float]:
     lengths_B = torch.cat([ops.segment_sum(r.action_mask_N.float(), r.cu_seqlens) for r in rollouts])
-    return {
-        "reward/mean": float(rewards_B.mean()),
-        "reward/standard_error": float(rewards_B.std() / len(rewards_B) ** 0.5) if len(rewards_B) > 1 else 0.0,
+    return mean_of("reward", rewards_B) | {
         "response_length/mean": float(lengths_B.mean()),
         "finished/mean": float(torch.cat([r.finished_B for r in rollouts]).float().mean()),
         "distinct-1": distinct(texts, 1),
@@ -92,16 +96,14 @@ def measured(texts: list[str], rewards_B: Tensor, rollouts: list) -> dict[str, f
 def divergence(policy: Policy, reference: Policy, rollouts: list) -> dict[str, float]:
     """KL(policy || reference) of a response, by the policy's own samples, with its standard error."""
     gaps = [(policy.infer(r)[0] - reference.infer(r)[0], r.cu_seqlens) for r in rollouts]
-    kl_B = torch.cat([ops.segment_sum(gap_N, cu_seqlens) for gap_N, cu_seqlens in gaps])
-    return {"kl/mean": float(kl_B.mean()), "kl/standard_error": float(kl_B.std() / max(len(kl_B), 2) ** 0.5)}
+    return mean_of("kl", torch.cat([ops.segment_sum(gap_N, cu_seqlens) for gap_N, cu_seqlens in gaps]))
 
 
-def perplexity(job: Job, policy: Policy, files: str) -> float:
-    data = Dataset.open(files, job.config.data, SUPERVISED, job.encoder, room=job.shape.context, seed=0)
+def perplexity(policy: Policy, data: Dataset, size: int) -> float:
     nats = tokens = 0.0
-    for start in range(0, len(data), job.config.batch.prompts):
-        batch = pack_examples([data[i] for i in range(start, min(start + job.config.batch.prompts, len(data)))])
-        nats -= float(policy.infer(batch)[0][batch.action_mask_N].sum())
+    for start in range(0, len(data), size):
+        batch = pack_examples([data[i] for i in range(start, min(start + size, len(data)))])
+        nats -= float(policy.infer(batch, temperature=1.0)[0][batch.action_mask_N].sum())
         tokens += float(batch.action_mask_N.sum())
     return float(torch.tensor(nats / tokens).exp())
 
@@ -132,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     job = Job("evaluate", config)
     batches = open_prompts(job, config.prompts, held_out=True)
     others = {name: model_folder(name) for name in (config.reference, config.against) if name}
+    known = {"room": job.shape.context, "seed": config.seed}
+    text = Dataset.open(config.text, config.data, SUPERVISED, job.encoder, **known) if config.text else None
     job.join()
     actor = sampling_actor(job)
     texts, rewards_B, rollouts = answered(actor, batches, config.seed)
@@ -144,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         other = job.policy(temperature=config.sampling.temperature, folder=others[config.against], **FROZEN)
         theirs_B = answered(Actor(job, other, None, [], actor.rewards), batches, config.seed)[1]
         row["win_rate"] = float(((rewards_B > theirs_B).float() + 0.5 * (rewards_B == theirs_B).float()).mean())
-    if config.text:
-        row["perplexity"] = perplexity(job, actor.policy, config.text)
+    if text:
+        row["perplexity"] = perplexity(actor.policy, text, config.batch.prompts)
     for name, value in row.items():
         print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
     if config.output:

@@ -40,11 +40,12 @@ class Encoder:
         text, tokens = self.prompt(messages)
         return f"{text}{label}\n", tokens + self._tokens(f"{label}\n")
 
-    def follow(self, prompt: str | Messages, turns: Sequence[str], message: str) -> Tokens:
+    def follow(self, prompt: str | Messages, turns: Sequence[str], message: str, *, closed: bool = True) -> Tokens:
         """Tokens of what comes after an answer that has ended: the rest of its turn, `message`, the next opening.
 
         prompt: raw text, which the message simply follows, or a chat.
         turns: what was said after it, the assistant's answers and the user's messages by turns, an answer last.
+        closed: that answer has its end-of-sequence token; else, where a stop string ended it, the rest begins with one.
         """
         if isinstance(prompt, str):
             return self._tokens(message)
@@ -52,8 +53,9 @@ class Encoder:
         chat = [*prompt, *({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))]
         before = self._render(chat, opened=False)
         after = self._render([*chat, {"role": "user", "content": message}], opened=True)
-        rest = before.rpartition(self.tokenizer.eos_token)[2] if self.tokenizer.eos_token in before else ""
-        return self._tokens(rest + self._added(before, after))
+        _, end, rest = before.rpartition(self.tokenizer.eos_token)
+        rest = rest if end else ""  # a template without ends
+        return self._tokens((rest if closed else end + rest) + self._added(before, after))
 
     def response(self, text: str) -> Tokens:
         """Tokens of an answer to a prompt of raw text, with the end-of-sequence token after them."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from megatron.core import parallel_state
@@ -61,9 +62,12 @@ class Policy:
         if reference and optimizer and not self.network.adapters:
             self._keep_reference()
 
-    def infer(self, rollout) -> tuple[Tensor, Tensor]:
-        """(logprobs_N, entropy_N) of the action tokens, float32, nats; 0 elsewhere."""
-        return self.network.run(rollout, self._logprobs, outputs=2)
+    def infer(self, rollout, temperature: float | None = None) -> tuple[Tensor, Tensor]:
+        """(logprobs_N, entropy_N) of the action tokens, float32, nats; 0 elsewhere.
+
+        temperature: None for the policy's own.
+        """
+        return self.network.run(rollout, partial(self._logprobs, temperature=temperature), outputs=2)
 
     def infer_reference(self, rollout) -> Tensor:
         """logprobs_N of the action tokens under the reference, float32, nats: the weights that training started from.
@@ -133,13 +137,13 @@ class Policy:
         last = self.network.last
         return last.shared_embedding_or_output_weight() if self.shape.tied else last.output_layer.weight
 
-    def _logprobs(self, hidden: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, hidden: Tensor, layout: Layout, temperature: float | None = None) -> tuple[Tensor, Tensor]:
         group = parallel_state.get_tensor_model_parallel_group()
         return ops.linear_logprobs(
             layout.states(hidden),
             self._output_weight(),
             layout.action_tokens,
-            temperature=self.temperature,
+            temperature=temperature or self.temperature,
             group=group if group.size() > 1 else None,
         )
 

@@ -180,7 +180,8 @@ def _continued(dialogue: Dialogue, talks: list[Conversation], sampler, sampling:
     messages = _asked(dialogue.environment, talks) if talks else []
     for talk, message in zip(talks, messages, strict=True):
         if message is not None:
-            added = dialogue.encoder.follow(talk.prompt.given, talk.turns, message)
+            closed = talk.tokens[-1] == dialogue.encoder.eos
+            added = dialogue.encoder.follow(talk.prompt.given, talk.turns, message, closed=closed)
             size = len(talk.prompt.tokens) + len(talk.tokens) + len(added)
             if size + sampling.max_tokens <= sampler.shape.context:
                 talk.told(added, message)
