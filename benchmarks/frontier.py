@@ -38,7 +38,8 @@ def run(output: Path, program: str, *arguments) -> None:
         return
     command = [sys.executable, "-W", "ignore", "-m", f"aligner.{program}", *map(str, arguments)]
     print(" ".join(["python", *command[3:]]), flush=True)
-    with (RUNS / f"{output.name}.log").open("w") as log:
+    name = output.parent.name if output.name == "policy" else output.name
+    with (RUNS / f"{name}.log").open("w") as log:
         subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from aligner import ppo
+from aligner.job.job import Job
 from aligner.models.lora import LoRAConfig
 from aligner.models.parallel import NetworkPlan, check, describe
 from aligner.models.rope import Rope
@@ -77,7 +78,7 @@ def test_description_of_a_layout():
 
 def test_dry_run_loads_nothing(monkeypatch, capsys, smollm2):
     monkeypatch.setenv("WORLD_SIZE", "6")
-    monkeypatch.setattr(ppo, "setup", lambda *_: pytest.fail("it loads"))
+    monkeypatch.setattr(Job, "begin", lambda *_: pytest.fail("it loads"))
     assert ppo.main(["--dry-run", "--parallel.tensor", "3", "--parallel.pipeline", "2"]) == 0
     printed = capsys.readouterr().out
     assert "pipeline stage 1: ranks 3-5" in printed and "policy: layers 15-29, output layer" in printed
