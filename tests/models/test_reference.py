@@ -20,6 +20,15 @@ from tests.models.test_policy import random_rollout
 VOCABULARY = 307
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks as small as these lose time to a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return save_llama(tmp_path_factory.mktemp("reference") / "m", None, vocab_size=VOCABULARY)

@@ -18,6 +18,15 @@ VOCABULARY = 307
 SEQUENCES = [[5, 9, 3], [17, 300, 44, 8, 8, 91, 12], [6], [7, 7, 250, 13]]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks as small as these lose time to a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def classifier(folder: Path, family: str, attributes: int) -> Path:
     """A random one of transformers."""
     torch.manual_seed(1)
