@@ -104,7 +104,7 @@ def setting(tmp_path_factory):
     shuffle_adapters(critic.network, 2)
     torch.nn.init.normal_(critic.network.last.value_head.weight, generator=torch.Generator().manual_seed(3))
     values_N = critic.infer(rollout)
-    policy_batch, value_batch = ppo.estimate(config, rollout, rewards_B, old_N, reference_N, values_N)
+    policy_batch, value_batch = ppo.estimate(config, rollout, rewards_B, old_N, reference_N, values_N, KL)
     shuffle_adapters(policy.network, 5)  # move away, so that ratios and value clipping are active
     shuffle_adapters(critic.network, 6)
     oracle = Oracle(folder, policy.network, shape.kv_heads, shape.head_dim)
