@@ -1,7 +1,7 @@
 r"""Constitutional AI data: `python -m aligner.constitutional --stage revise --data prompts.jsonl --output new.jsonl`.
 
     revise: the model answers, criticises its answer by a principle drawn for it, rewrites it; the last revision of each
-            prompt is written as a chat, for aligner.sft
+            prompt is written, for aligner.sft
     prefer: the model answers twice and is asked which answer agrees more with a principle; p = s(log P("A") -
             log P("B")), averaged over both orders, is written with the pair, for aligner.reward_model and aligner.dpo
 
@@ -128,7 +128,7 @@ def revised(c: Config, speaker: Speaker, batches: list, principles: list[dict]) 
     draw = random.Random(c.seed)
     for prompts in batches:
         chats = [chat_of(p) for p in prompts]
-        first = current = speaker.answers(chats)[0]
+        first = speaker.answers(chats)[0]
         talks, critiques = [[*chat, said(a)] for chat, a in zip(chats, first, strict=True)], []
         for _ in range(c.revisions):
             chosen = [draw.choice(principles) for _ in prompts]
@@ -137,11 +137,12 @@ def revised(c: Config, speaker: Speaker, batches: list, principles: list[dict]) 
             talks = [
                 [*talk, said(a), asked(p["revision"])] for talk, a, p in zip(talks, critiques, chosen, strict=True)
             ]
-            current = speaker.answers(talks)[0]
+            current, finished = speaker.answers(talks)
             talks = [[*talk, said(a)] for talk, a in zip(talks, current, strict=True)]
-        for chat, before, critique, after in zip(chats, first, critiques, current, strict=True):
+        for chat, before, critique, after, ended in zip(chats, first, critiques, current, finished, strict=True):
             if after.strip():
-                yield {"messages": [*chat, said(after)], "initial": before, "critique": critique}
+                row = {"prompt": chat, "completion": after, "finished": ended}
+                yield row | {"initial": before, "critique": critique}
 
 
 def question(chat: Chat, principle: dict, a: str, b: str) -> Chat:

@@ -22,7 +22,6 @@ from aligner.data.batch import TaughtBatch, pack_examples, pack_taught
 from aligner.data.dataset import Dataset
 from aligner.data.formats import SUPERVISED, TAUGHT
 from aligner.data.movie_reviews import review_rows
-from aligner.data.tokenizer import load_tokenizer
 from aligner.job.config import OfflineConfig
 from aligner.job.job import Job, Logged
 from aligner.job.offline import load_examples, steps_of
@@ -123,18 +122,6 @@ def ask_teacher(c: Config, job: Job) -> tuple[Dataset, list]:
     return opened[0], opened[1].first(c.eval_examples) if len(opened) > 1 else []
 
 
-def check_tokenizer(job: Job, teacher: str) -> None:
-    """Raise ValueError when the teacher's token ids mean something else than the student's."""
-    theirs, ours = load_tokenizer(model_folder(teacher)).get_vocab(), job.tokenizer.get_vocab()
-    if theirs != ours:
-        odd = {token for token, _ in theirs.items() ^ ours.items()}
-        raise ValueError(
-            f"the teacher {teacher!r} has another tokenizer than the student (it has {len(theirs)} tokens, the "
-            f"student's {len(ours)}, and {len(odd)} have another id or none), and distillation across tokenizers is "
-            "not supported; take a teacher of the same family."
-        )
-
-
 def loss_of(c: Config, num_tokens: float):
     settings = {"kind": c.loss, "temperature": c.temperature, "kd_coef": c.kd_coef, "sft_coef": c.sft_coef}
 
@@ -169,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     job = Job("distill", config)
     plans = [NetworkPlan(name="policy", shape=job.shape, lora=config.lora)]
     if config.teacher:
-        check_tokenizer(job, config.teacher)
+        job.check_tokenizer(model_folder(config.teacher), "the teacher")
         shape = ModelShape.from_folder(model_folder(config.teacher))
         if config.top_k > shape.vocab:
             raise ValueError(f"top-k is {config.top_k}, and the teacher has {shape.vocab} tokens; lower it.")

@@ -134,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
     job = Job("evaluate", config)
     batches = open_prompts(job, config.prompts, held_out=True)
     others = {name: model_folder(name) for name in (config.reference, config.against) if name}
+    for folder in others.values():
+        job.check_tokenizer(folder, "the other model")
     known = {"room": job.shape.context, "seed": config.seed}
     text = Dataset.open(config.text, config.data, SUPERVISED, job.encoder, **known) if config.text else None
     job.join()

@@ -121,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     check_output(config.output)
     job = Job("propose", config)
     folder, base_folder = model_folder(config.attribute_model), model_folder(config.base)
+    job.check_tokenizer(folder, "the attribute model")
+    job.check_tokenizer(base_folder, "the base model")
     attributes, shape = attributes_of(folder), ModelShape.from_folder(folder)
     if not attributes:
         raise ValueError(

@@ -14,7 +14,6 @@ from aligner.data.dataset import Dataset, load
 from aligner.data.examples import Prompt
 from aligner.data.formats import PROMPTS
 from aligner.data.movie_reviews import review_prompt_rows
-from aligner.data.tokenizer import load_tokenizer
 from aligner.job.config import OnlineConfig
 from aligner.job.job import Job, Logged
 from aligner.losses.shaping import shape_rewards
@@ -63,11 +62,7 @@ def _reward_model(job: Job, folder: Path) -> RewardModel:
     attributes = attributes_of(folder)
     if not attributes:
         raise ValueError(f"{str(folder)!r} is no reward model; train one with `python -m aligner.reward_model`.")
-    if load_tokenizer(folder).get_vocab() != job.tokenizer.get_vocab():
-        raise ValueError(
-            f"the reward model {str(folder)!r} has another tokenizer than the policy, so it cannot read its tokens; "
-            "train one from the policy's family."
-        )
+    job.check_tokenizer(folder, "the reward model")
     shape = ModelShape.from_folder(folder)
     read = huggingface.Weights(folder, reward_model_tensors(shape, attributes))
     untrained = {"lora": LoRAConfig(rank=0), "optimizer": None}

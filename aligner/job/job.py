@@ -78,6 +78,17 @@ class Job:
         """Plain values of the checkpoint that the run goes on from; empty at a first start."""
         return training.read_plain(self.checkpoint) if self.checkpoint else {}
 
+    def check_tokenizer(self, folder: Path, what: str) -> None:
+        """Raise ValueError when the token ids of another model mean something else than the run's."""
+        theirs, ours = load_tokenizer(folder).get_vocab(), self.tokenizer.get_vocab()
+        if theirs != ours:
+            odd = {token for token, _ in theirs.items() ^ ours.items()}
+            raise ValueError(
+                f"{what} {str(folder)!r} has another tokenizer than the model (it has {len(theirs)} tokens, the "
+                f"model's {len(ours)}, and {len(odd)} have another id or none), so neither reads the other's tokens; "
+                "take one of the same family."
+            )
+
     def policy(
         self,
         lora: LoRAConfig,

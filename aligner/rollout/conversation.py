@@ -3,6 +3,7 @@
 A turn of the environment is part of the sequence but no action: losses, advantages and log-probabilities skip it.
 """
 
+import hashlib
 import importlib
 import inspect
 import sys
@@ -130,11 +131,11 @@ def converse(
         following = _continued(dialogue, [talk for talk in going if talk.finished], sampler, sampling)
         yield from (talk for talk in going if not any(talk is other for other in following))
         going = following
-        groups: dict[int, list[Conversation]] = {}
+        groups: dict[tuple[int, int], list[Conversation]] = {}
         for talk in going:  # samples of one prompt that are still alike must not draw alike
-            groups.setdefault(talk.again << 48 ^ talk.sample << 40 ^ turn << 56, []).append(talk)
+            groups.setdefault((talk.again, talk.sample), []).append(talk)
         streams = [
-            (group, sampler.stream([[*t.prompt.tokens, *t.tokens] for t in group], _seeded(sampling, key)))
+            (group, sampler.stream([[*t.prompt.tokens, *t.tokens] for t in group], _seeded(sampling, *key, turn)))
             for key, group in groups.items()
         ]
         for talk, response in _in_turns(streams):
@@ -149,7 +150,7 @@ def _open(sampler: Sampler, prompts: Sequence[Numbered], sampling: Sampling, n: 
     for item in prompts:
         rounds.setdefault(item[1], []).append(item)
     streams = [
-        (members, sampler.stream([list(p.tokens) for *_, p in members], _seeded(sampling, again << 48), n))
+        (members, sampler.stream([list(p.tokens) for *_, p in members], _seeded(sampling, again), n))
         for again, members in sorted(rounds.items())
     ]
     for (index, again, prompt), response in _in_turns(streams):
@@ -158,8 +159,12 @@ def _open(sampler: Sampler, prompts: Sequence[Numbered], sampling: Sampling, n: 
         yield talk
 
 
-def _seeded(sampling: Sampling, key: int) -> Sampling:
-    return replace(sampling, seed=sampling.seed ^ key)
+def _seeded(sampling: Sampling, *key: int) -> Sampling:
+    """Another seed for another key; the sampling's own for one of zeros."""
+    if not any(key):
+        return sampling
+    digest = hashlib.sha256(repr((sampling.seed, *key)).encode()).digest()
+    return replace(sampling, seed=int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _in_turns(streams: list[tuple[list[Asked], Iterator[Response]]]) -> Iterator[tuple[Asked, Response]]:

@@ -183,7 +183,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(folder: Path, command, tmp_
         vocabulary |= {word: vocabulary[i] if isinstance(i, str) else i for word, i in swap.items()}
         (theirs / "tokenizer.json").write_text(json.dumps(tokens))
         assert len(AutoTokenizer.from_pretrained(theirs)) == (21 if name == "more" else 20)
-        counts = {"swapped": r"20 tokens, the student's 20, and 2 ", "more": r"21 tokens, the student's 20, and 1 "}
+        counts = {"swapped": r"20 tokens, the model's 20, and 2 ", "more": r"21 tokens, the model's 20, and 1 "}
         with pytest.raises(ValueError, match=rf"teacher '{re.escape(str(theirs))}' has another .*has {counts[name]}"):
             start("distill", tmp_path / "run", command | {"teacher": theirs})
         assert not (tmp_path / "run").exists()

@@ -296,18 +296,19 @@ def test_answers_are_criticised_and_revised(folder: Path, constitution: Path, to
         talks = [[*talk, user(REQUESTS["critique"])] for talk in talks]
         critiques = [text for _, text, _ in answers(talks, 2 + 2 * turn, 1, tokens, drawn)]
         talks = [[*t, assistant(c), user(REQUESTS["revision"])] for t, c in zip(talks, critiques, strict=True)]
-        said = [text for _, text, _ in answers(talks, 3 + 2 * turn, 1, tokens, drawn)]
+        said, ended = zip(*[pair[1:] for pair in answers(talks, 3 + 2 * turn, 1, tokens, drawn)], strict=True)
         talks = [[*talk, assistant(text)] for talk, text in zip(talks, said, strict=True)]
     wanted = [
-        {"messages": [*chat, assistant(after)], "initial": before, "critique": critique}
-        for chat, before, critique, after in zip(given, first, critiques, said, strict=True)
+        {"prompt": chat, "completion": after, "finished": finished, "initial": before, "critique": critique}
+        for chat, before, critique, after, finished in zip(given, first, critiques, said, ended, strict=True)
         if after
     ]
     assert rows == wanted and len(rows) >= 2
-    assert all(row["initial"] != row["messages"][-1]["content"] for row in rows)
+    assert all(row["initial"] != row["completion"] for row in rows)
+    assert len({row["finished"] for row in rows}) == 2 or revisions == 1
     data = reader(folder, tmp_path / "new.jsonl", SUPERVISED)
     for i, row in enumerate(rows):
-        last = tokens(row["messages"][-1]["content"]) + [END]
+        last = tokens(row["completion"]) + [END] * row["finished"]
         assert list(data[i].tokens[-len(last) :]) == last
     trained = {"model": folder / "model", "data": tmp_path / "new.jsonl", "steps": 1, "batch.examples": 2}
     assert start("sft", tmp_path / "sft", trained) == 0
@@ -353,7 +354,7 @@ def test_principles_are_drawn_for_every_answer(folder: Path, tokens, drawn, tmp_
     said = [text for _, text, _ in answers(given, 1, 1, tokens, drawn)]
     talks = [[*c, assistant(s), user(p["critique"])] for c, s, p in zip(given, said, chosen, strict=True)]
     critiques = [text for _, text, _ in answers(talks, 2, 1, tokens, drawn)]
-    kept = [chat[-1]["content"] for chat in (row["messages"][:-1] for row in rows)]
+    kept = [chat[-1]["content"] for chat in (row["prompt"] for row in rows)]
     asked = [chat[-1]["content"] for chat in given]
     assert len(rows) >= 3  # where the revision is not empty
     assert [row["critique"] for row in rows] == [critiques[asked.index(last)] for last in kept]
