@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup ppo test test-unit test-distributed-full test-gpu lint format bench frontier steerlm reasoning clean
+.PHONY: setup ppo test test-unit test-distributed-full test-gpu lint format bench frontier curves steerlm reasoning clean
 
 setup: .venv/.installed
 
@@ -53,6 +53,10 @@ bench: setup
 # Reward against KL of every method from one SFT model: hours.
 frontier: setup
 	$(BIN)/python benchmarks/frontier.py
+
+# The curves of docs/ from the frontier's runs and some more.
+curves: setup
+	$(BIN)/python benchmarks/curves.py
 
 # SteerLM on dialogues that people rated, GRPO on tasks with a checker: half an hour each.
 steerlm: setup

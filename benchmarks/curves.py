@@ -1,0 +1,76 @@
+"""The curve of a real run for each page of docs/: `make curves`, after `make frontier`, whose runs it draws.
+
+What the frontier has no run of is trained here, from the same SFT model and data. Writes docs/images/<page>.svg.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from aligner.run.chart import COLORS, Series, picture
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "frontier"
+SFT, PAIRS = RUNS / "sft", RUNS / "pairs.jsonl"
+SMALL = ["--batch.examples", "40", "--optimizer.warmup-steps", "3"]
+SAMPLED = ["--sampling.max-tokens", "24"]
+# Runs that the frontier does not need: (program, its options).
+MORE = {
+    "reinforce": ("reinforce", ["--model", SFT, "--steps", "12", "--eval-prompts", "0", *SAMPLED]),
+    "reward-model": ("reward_model", ["--model", SFT, "--data", PAIRS, *SMALL, "--steps", "16", "--layers", "12"]),
+    "spin": ("spin", ["--model", SFT, *SMALL, *SAMPLED, "--steps", "8", "--iterations", "2", "--eval-examples", "64"]),
+    "distill": (
+        "distill",
+        ["--teacher", SFT, *SMALL, "--steps", "16", "--eval-examples", "64", "--data.max-tokens", "64"],
+    ),
+}
+REWARD = (("reward/mean", "reward"), ("kl/mean", "KL to the reference, nats per response"))
+PAIRED = (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"), ("rewards/margin", "margin"))
+RIGHT = ("accuracy", "accuracy")
+# Page: (run, title, metrics with their labels).
+PAGES = {
+    "sft": ("sft", "SFT on reviews: loss, nats per token", (("loss", "training"), ("eval/loss", "held out"))),
+    "grpo": ("grpo--kl-coef-0.1", "GRPO: reward of a step, log-odds; KL, nats", REWARD),
+    "reinforce": ("reinforce", "REINFORCE (RLOO): reward of a step, log-odds; KL, nats", REWARD),
+    "rejection-sampling": (
+        "rejection-sampling--steps-8",
+        "Rejection sampling: reward of a step, log-odds; KL, nats",
+        (*REWARD, ("reward/kept", "reward of the kept responses")),
+    ),
+    "dpo": ("dpo--beta-0.1", "DPO: implicit rewards of a step", PAIRED),
+    "kto": ("kto--beta-0.1", "KTO: implicit rewards of a step; KL baseline, nats", (*PAIRED, ("kl_baseline", "z"))),
+    "reward-model": (
+        "reward-model",
+        "Reward model: loss and accuracy of a step",
+        (("loss", "loss"), ("accuracy", "accuracy")),
+    ),
+    "spin": ("spin", "SPIN: implicit rewards of a step; a new iteration begins at step 9", PAIRED),
+    "distill": (
+        "distill",
+        "Distillation: divergence from the teacher, nats per token",
+        (("loss/distillation", "training"), ("eval/loss/distillation", "held out")),
+    ),
+}
+
+
+def main() -> None:
+    for name, (program, options) in MORE.items():
+        if not (RUNS / name / "policy").exists():
+            command = [sys.executable, "-W", "ignore", "-m", f"aligner.{program}", *map(str, options)]
+            print(" ".join(["python", *command[3:]]), flush=True)
+            with (RUNS / f"{name}.log").open("w") as log:
+                command += ["--output", str(RUNS / name)]
+                subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+    for page, (run, title, metrics) in PAGES.items():
+        rows = [json.loads(line) for line in (RUNS / run / "metrics.jsonl").read_text().splitlines()]
+        series = []
+        for i, (metric, label) in enumerate(metrics):
+            points = [(row["step"], row[metric]) for row in rows if metric in row]
+            if points:
+                series.append(Series(label=label, points=points, color=COLORS[i], dots=metric.startswith("eval/")))
+        (ROOT / "docs" / "images" / f"{page}.svg").write_text(picture(title, "step", series))
+
+
+if __name__ == "__main__":
+    main()
