@@ -83,7 +83,8 @@ def user_errors(main: Callable[[], int]) -> NoReturn:
             raise
         if not distributed.tells_errors():
             time.sleep(WAIT_S)
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        # One write: print's two would mix with those of other processes.
+        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -43,13 +43,14 @@ ASKED = "<s> user : the film </s> assistant :"
     "row", [{"text": "the film", "id": 7}, {"prompt": "the film", "id": 7}], ids=["text", "prompt"]
 )
 def test_prompts_of_raw_text(row):
-    assert read(PROMPTS, row) == Prompt(text="the film", tokens=ids("<s> the film"), metadata={"id": 7})
+    given = {"text": "the film", "given": "the film"}
+    assert read(PROMPTS, row) == Prompt(**given, tokens=ids("<s> the film"), metadata={"id": 7})
 
 
 @pytest.mark.parametrize("key", ["messages", "prompt"])
 def test_prompts_of_chats(key):
     prompt = read(PROMPTS, {key: [user("the film")], "answer": "42"})
-    assert (prompt.tokens, prompt.metadata) == (ids(ASKED), {"answer": "42"})
+    assert (prompt.tokens, prompt.metadata) == (ids(ASKED), {"answer": "42"}) and prompt.given == [user("the film")]
 
 
 @pytest.mark.parametrize(
