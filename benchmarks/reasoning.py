@@ -17,29 +17,30 @@ TASKS = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
     "spell_backward": {"min_word_len": 3, "max_word_len": 3},
 }
+# A model of this size does not follow the tasks' questions; it goes on with a list of solved ones.
+SHOTS = {
+    "chain_sum": "1 + 5 = 6\n7 - 4 = 3\n2 + 9 = 11\n3 - 8 = -5\n",
+    "spell_backward": "sun -> nus\ncat -> tac\nodd -> ddo\npit -> tip\n",
+}
 OPTIONS = ["--reward.function", "aligner.serving.reasoning:VerifiedAnswer", "--sampling.max-tokens", "8"]
-OPTIONS += ["--batch.sequences", "64", "--batch.samples-per-prompt", "8", "--batch.minibatch-sequences", "64"]
-OPTIONS += [
-    "--steps",
-    "40",
-    "--eval-prompts",
-    "256",
-    "--kl-coef",
-    "0.02",
-    "--kl-estimator",
-    "k2",
-    "--optimizer.lr",
-    "1e-3",
-]
+OPTIONS += ["--sampling.stop-strings", "\n", "--kl-coef", "0.02", "--kl-estimator", "k2", "--optimizer.lr", "1e-3"]
+OPTIONS += ["--batch.sequences", "128", "--batch.samples-per-prompt", "8", "--batch.minibatch-sequences", "128"]
+OPTIONS += ["--steps", "40", "--eval-prompts", "256", "--eval-every", "10"]
+
+
+def prompt(task: str, question: str) -> str:
+    """The question as the next line of the solved ones."""
+    if task == "chain_sum":
+        return SHOTS[task] + question.rpartition(": ")[2]
+    return SHOTS[task] + question.rpartition(": ")[2] + " ->"
 
 
 def write(file: Path, task: str, size: int, seed: int) -> None:
     rows = reasoning_gym.create_dataset(task, size=size, seed=seed, **TASKS[task])
     with file.open("w") as lines:
         for row in rows:
-            question = [{"role": "user", "content": row["question"]}]
             entry = {"answer": row["answer"], "metadata": row["metadata"], "source_dataset": task}
-            lines.write(json.dumps({"messages": question, **entry}) + "\n")
+            lines.write(json.dumps({"text": prompt(task, row["question"]), **entry}) + "\n")
 
 
 def main() -> None:

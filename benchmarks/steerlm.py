@@ -72,10 +72,10 @@ def main() -> None:
     train, held_out = dialogues()
     print(f"{len(train)} dialogues, {len(held_out)} held out", flush=True)
     rated, held = write(RUNS / "rated.jsonl", train), write(RUNS / "held-out.jsonl", held_out)
-    chats = write(RUNS / "chats.jsonl", [{"messages": row["messages"]} for row in train[:1200]])
-    cut = ["--data.max-tokens", "192", "--data.too-long", "truncate"]
+    chats = write(RUNS / "chats.jsonl", [{"messages": row["messages"]} for row in train[:640]])
+    cut = ["--data.max-tokens", "160", "--data.too-long", "truncate"]
     attributes, labelled, tuned = RUNS / "attributes", RUNS / "labelled.jsonl", RUNS / "tuned"
-    trained = ["--loss", "regression", "--layers", "12", "--steps", "75", "--optimizer.warmup-steps", "5"]
+    trained = ["--loss", "regression", "--layers", "12", "--steps", "40", "--optimizer.warmup-steps", "5"]
     validated = ["--eval-data", held, "--eval-examples", "400"]
     run(attributes / "policy", "reward_model", "--data", rated, *validated, *trained, *cut, "--output", attributes)
     named = ["--names", *NAMES, "--data", chats, "--high", "10"]
