@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from aligner.data.movie_reviews import review_rows
 from aligner.run.chart import COLORS, Series, picture
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "frontier"
 SFT, PAIRS = RUNS / "sft", RUNS / "pairs.jsonl"
+REVIEWS = RUNS / "reviews.jsonl", RUNS / "reviews-held-out.jsonl"
 SMALL = ["--batch.examples", "40", "--optimizer.warmup-steps", "3"]
 SAMPLED = ["--sampling.max-tokens", "24"]
 # Runs that the frontier does not need: (program, its options).
@@ -22,7 +24,7 @@ MORE = {
     "spin": ("spin", ["--model", SFT, *SMALL, *SAMPLED, "--steps", "8", "--iterations", "2", "--eval-examples", "64"]),
     "distill": (
         "distill",
-        ["--teacher", SFT, *SMALL, "--steps", "16", "--eval-examples", "64", "--data.max-tokens", "64"],
+        ["--teacher", SFT, "--data", REVIEWS[0], "--eval-data", REVIEWS[1], *SMALL, "--steps", "16"],
     ),
 }
 REWARD = (("reward/mean", "reward"), ("kl/mean", "KL to the reference, nats per response"))
@@ -55,6 +57,8 @@ PAGES = {
 
 
 def main() -> None:
+    for file, rows, count in zip(REVIEWS, review_rows(), (640, 64), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
     for name, (program, options) in MORE.items():
         if not (RUNS / name / "policy").exists():
             command = [sys.executable, "-W", "ignore", "-m", f"aligner.{program}", *map(str, options)]
