@@ -15,10 +15,10 @@ from torch import Tensor
 from aligner.data import fields
 from aligner.data.batch import pack_last
 from aligner.data.jsonl import JsonLines
+from aligner.job.actor import open_reward_model
 from aligner.job.config import ModelToolConfig
 from aligner.job.job import Job
 from aligner.job.tool import check_output, write_rows
-from aligner.models.lora import LoRAConfig
 from aligner.models.reward_model import RewardModel
 from aligner.run import config as options
 
@@ -96,9 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     files = [JsonLines(Path(file)) for file in config.data.files.split(",")]
     chats = [chat_of(lines.row(i), lines.where(i)) for lines in files for i in range(len(lines))]
     job.join()
-    frozen = {"lora": LoRAConfig(rank=0), "optimizer": None}
-    model = RewardModel(job.shape, job.read, attributes=job.attributes, trained=True, **frozen, **job.shared())
-    count = write_rows(config.output, labelled(config, job, model, chats))
+    count = write_rows(config.output, labelled(config, job, open_reward_model(job, job.folder), chats))
     print(f"{config.output}: {count} conversations")
     return 0
 

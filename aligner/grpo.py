@@ -23,20 +23,17 @@ from torch import Tensor
 
 from aligner import ops
 from aligner.data.batch import BatchConfig, GroupBatch, Rollout, minibatches
-from aligner.job.config import OnlineConfig
 from aligner.job.job import Logged
-from aligner.job.online import OnlineRun, train_online
-from aligner.losses.policy import group_policy_loss, sampler_correction, token_weights
+from aligner.job.online import GroupConfig, OnlineRun, group_batch, train_online
+from aligner.losses.policy import group_policy_loss
 from aligner.losses.shaping import informative_groups
 from aligner.losses.statistics import sampler_statistics, update_statistics
-from aligner.models.lora import LoRAConfig
-from aligner.models.network import OptimizerConfig
 from aligner.rollout.scoring import Scored, join_scored
 from aligner.run import config as options
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(OnlineConfig):
+class Config(GroupConfig):
     baseline: Literal["grpo", "dr_grpo"] = "grpo"
     """What a reward is measured by: its group's mean and standard deviation, or the mean only."""
     ratio: Literal["token", "sequence", "cispo"] = "token"
@@ -47,33 +44,19 @@ class Config(OnlineConfig):
     """The ratio is clipped above at 1 + clip_high."""
     dual_clip: float | None = None
     """Bound of the loss at negative advantages, > 1; none leaves it out."""
-    average: Literal["token", "sequence"] = "token"
-    """Mean over all tokens, or over responses of each one's token mean."""
     kl_coef: float = 0.08
     """Weight of the KL to the reference in the loss; 0 keeps no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Its estimator."""
-    entropy_bonus: float = 0.0
-    """Weight of the mean entropy in the objective."""
-    correction: Literal["none", "tis", "icepop"] = "none"
-    """Correction for the sampler: truncated importance weights, or tokens outside of the range left out."""
-    correction_low: float = 0.5
-    """Smallest weight of icepop."""
-    correction_high: float = 2.0
-    """Largest weight."""
     dynamic_sampling: int = 1
     """Batches of prompts tried at most, until all groups of a step have responses of different rewards."""
     overlong_buffer: int = 0
     """Tokens before the length limit over which a penalty grows; 0 leaves it out."""
     overlong_penalty: float = 1.0
     """Of a response of the length limit, reward units."""
-    mask_unfinished: bool = False
-    """Leave responses that reached the length limit out of the loss."""
     batch: BatchConfig = field(
         default_factory=lambda: BatchConfig(sequences=48, samples_per_prompt=8, minibatch_sequences=24)
     )
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3))
 
     def __post_init__(self):
         super().__post_init__()
@@ -142,19 +125,9 @@ def estimate(
     c: Config, rollout: Rollout, rewards_B: Tensor, logprobs_N: Tensor, reference_N: Tensor | None
 ) -> GroupBatch:
     """Advantages of the responses within each group, given to all their tokens."""
-    mask_N, cu_seqlens = rollout.action_mask_N, rollout.cu_seqlens
     groups_B = torch.arange(len(rewards_B)) // c.batch.samples_per_prompt
     advantages_B = ops.group_advantages(rewards_B, groups_B, kind=c.baseline)
-    counts_B = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    bounds = {"kind": c.correction, "low": c.correction_low, "high": c.correction_high}
-    return GroupBatch(
-        rollout=rollout,
-        old_logprobs_N=logprobs_N,
-        advantages_N=torch.repeat_interleave(advantages_B, counts_B) * mask_N,
-        weights_N=token_weights(mask_N, cu_seqlens, c.average, rollout.finished_B if c.mask_unfinished else None),
-        importance_N=sampler_correction(logprobs_N, rollout.sampler_logprobs_N, mask_N, **bounds),
-        reference_logprobs_N=reference_N,
-    )
+    return group_batch(c, rollout, advantages_B, logprobs_N, reference_N)
 
 
 def update(run: OnlineRun, mini: GroupBatch) -> dict[str, float]:

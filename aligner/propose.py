@@ -14,20 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aligner import ops
-from aligner.checkpoint import huggingface
 from aligner.checkpoint.model_folder import model_folder
 from aligner.data import fields
 from aligner.data.batch import pack_examples, pack_last
 from aligner.data.examples import Example, Prompt
 from aligner.data.jsonl import JsonLines
-from aligner.job.actor import Actor
+from aligner.job.actor import Actor, open_reward_model
 from aligner.job.config import ModelToolConfig
 from aligner.job.job import Job
 from aligner.job.tool import FROZEN, check_output, silent_actor, write_rows
-from aligner.models.lora import LoRAConfig
 from aligner.models.policy import Policy
-from aligner.models.reward_model import RewardModel, attributes_of, reward_model_tensors
-from aligner.models.shape import ModelShape
+from aligner.models.reward_model import RewardModel, attributes_of
 from aligner.rollout.sampling import SamplingConfig
 from aligner.run import config as options
 
@@ -123,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     folder, base_folder = model_folder(config.attribute_model), model_folder(config.base)
     job.check_tokenizer(folder, "the attribute model")
     job.check_tokenizer(base_folder, "the base model")
-    attributes, shape = attributes_of(folder), ModelShape.from_folder(folder)
+    attributes = attributes_of(folder)
     if not attributes:
         raise ValueError(
             f"--attribute-model {config.attribute_model!r} is no reward model; train one with "
@@ -134,9 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     job.join()
     actor = silent_actor(job)
     base = job.policy(folder=base_folder, **FROZEN)
-    read = huggingface.Weights(folder, reward_model_tensors(shape, attributes))
-    frozen = {"lora": LoRAConfig(rank=0), "optimizer": None}
-    judge = RewardModel(shape, read, attributes=attributes, trained=True, **frozen, **job.shared())
+    judge = open_reward_model(job, folder)
     count = write_rows(config.output, proposed(config, job, actor, base, judge, asked))
     print(f"{config.output}: {count} conversations with {config.n} responses each")
     return 0

@@ -19,18 +19,15 @@ from torch import Tensor
 
 from aligner import ops
 from aligner.data.batch import BatchConfig, GroupBatch, Rollout, minibatches
-from aligner.job.config import OnlineConfig
 from aligner.job.job import Logged
-from aligner.job.online import OnlineRun, train_online
-from aligner.losses.policy import reinforce_loss, sampler_correction, token_weights
+from aligner.job.online import GroupConfig, OnlineRun, group_batch, train_online
+from aligner.losses.policy import reinforce_loss
 from aligner.losses.statistics import sampler_statistics, update_statistics
-from aligner.models.lora import LoRAConfig
-from aligner.models.network import OptimizerConfig
 from aligner.run import config as options
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(OnlineConfig):
+class Config(GroupConfig):
     baseline: Literal["rloo", "reinforce_pp"] = "rloo"
     """Leave-one-out mean of the prompt's responses, or the group's mean, whitened over the step."""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -39,23 +36,9 @@ class Config(OnlineConfig):
     """Its weight."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k2"
     """Its estimator in the loss; the gradient of k2 is that of KL(policy || reference)."""
-    entropy_bonus: float = 0.0
-    """Weight of the mean entropy in the objective."""
-    average: Literal["token", "sequence"] = "token"
-    """Mean over all tokens, or over responses of each one's token mean."""
-    correction: Literal["none", "tis", "icepop"] = "none"
-    """Correction for the sampler: truncated importance weights, or tokens outside of the range left out."""
-    correction_low: float = 0.5
-    """Smallest weight of icepop."""
-    correction_high: float = 2.0
-    """Largest weight."""
-    mask_unfinished: bool = False
-    """Leave responses that reached the length limit out of the loss."""
     batch: BatchConfig = field(
         default_factory=lambda: BatchConfig(sequences=48, samples_per_prompt=4, minibatch_sequences=48)
     )
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-3))
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,21 +79,12 @@ def step(run: OnlineRun, number: int) -> Logged:
 
 def estimate(c: Config, rollout: Rollout, rewards_B: Tensor, logprobs_N: Tensor, reference_N: Tensor) -> GroupBatch:
     """Advantages of the responses over their baseline, given to all their tokens."""
-    mask_N, cu_seqlens, n = rollout.action_mask_N, rollout.cu_seqlens, c.batch.samples_per_prompt
+    n = c.batch.samples_per_prompt
     if c.kl_in == "reward":
-        rewards_B = rewards_B - c.kl_coef * ops.segment_sum(logprobs_N - reference_N, cu_seqlens)
+        rewards_B = rewards_B - c.kl_coef * ops.segment_sum(logprobs_N - reference_N, rollout.cu_seqlens)
     groups_B = torch.arange(len(rewards_B)) // (n if n > 1 else len(rewards_B))
     advantages_B = ops.group_advantages(rewards_B, groups_B, kind=c.baseline)
-    counts_B = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-    bounds = {"kind": c.correction, "low": c.correction_low, "high": c.correction_high}
-    return GroupBatch(
-        rollout=rollout,
-        old_logprobs_N=logprobs_N,
-        advantages_N=torch.repeat_interleave(advantages_B, counts_B) * mask_N,
-        weights_N=token_weights(mask_N, cu_seqlens, c.average, rollout.finished_B if c.mask_unfinished else None),
-        importance_N=sampler_correction(logprobs_N, rollout.sampler_logprobs_N, mask_N, **bounds),
-        reference_logprobs_N=reference_N if c.kl_in == "loss" else None,
-    )
+    return group_batch(c, rollout, advantages_B, logprobs_N, reference_N if c.kl_in == "loss" else None)
 
 
 def update(run: OnlineRun, mini: GroupBatch) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from aligner.data import fields
 from aligner.data.encoder import Encoder
-from aligner.data.examples import Example, Pair, Tokens
+from aligner.data.examples import Example, Pair
 
 Messages = list[dict[str, str]]
 
@@ -10,11 +10,6 @@ Messages = list[dict[str, str]]
 def by_assistant(messages: Messages, first: int = 0) -> list[int]:
     """Indices of the assistant's messages from `first` on."""
     return [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant"]
-
-
-def joined(prompt: Tokens, response: Tokens) -> Example:
-    """A prompt with the response that is learnt."""
-    return Example(tokens=prompt + response, mask=(False,) * len(prompt) + (True,) * len(response))
 
 
 def answered(row: dict, prompt_key: str, response_key: str, encoder: Encoder, finished: str = "") -> Example:
@@ -36,7 +31,7 @@ def _answered(row: dict, prompt_key: str, response_key: str, encoder: Encoder) -
             raise ValueError(
                 f'"{prompt_key}" is text and "{response_key}" a list of messages; write both as messages or as text.'
             )
-        return joined(encoder.prompt(prompt)[1], encoder.response(response))
+        return Example.of(encoder.prompt(prompt)[1], encoder.response(response))
     if isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
     if response[0]["role"] != "assistant":

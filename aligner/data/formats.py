@@ -81,7 +81,7 @@ def _read_document(rows: list[dict], encoder: Encoder) -> Example:
 
 def _read_input_output(rows: list[dict], encoder: Encoder) -> Example:
     prompt, response = fields.text(rows[0], "input"), fields.text(rows[0], "output")
-    return answers.joined(encoder.prompt(prompt)[1], encoder.response(f" {response}"))
+    return Example.of(encoder.prompt(prompt)[1], encoder.response(f" {response}"))
 
 
 def _read_completion(rows: list[dict], encoder: Encoder) -> Example:

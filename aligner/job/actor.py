@@ -48,7 +48,7 @@ def load_rewards(job: Job, config: RewardConfig) -> Rewards:
     functions = agree(lambda: [load_reward(f) for f in config.functions()] if distributed.place().leads else [])
     agree(lambda: [function.check() for function in functions])
     count = len(config.functions()) + len(folders)
-    models = [(_reward_model(job, folder), config.attribute_weights or (1.0,)) for folder in folders]
+    models = [(open_reward_model(job, folder), config.attribute_weights or (1.0,)) for folder in folders]
     for model, weights in models:
         if len(weights) != model.attributes:
             raise ValueError(
@@ -58,7 +58,8 @@ def load_rewards(job: Job, config: RewardConfig) -> Rewards:
     return Rewards(functions, models, config.weights or (1.0,) * count)
 
 
-def _reward_model(job: Job, folder: Path) -> RewardModel:
+def open_reward_model(job: Job, folder: Path) -> RewardModel:
+    """A reward model that is never trained, on the run's layout. Raises ValueError when the folder holds none."""
     attributes = attributes_of(folder)
     if not attributes:
         raise ValueError(f"{str(folder)!r} is no reward model; train one with `python -m aligner.reward_model`.")

@@ -4,18 +4,15 @@ A turn of the environment is part of the sequence but no action: losses, advanta
 """
 
 import hashlib
-import importlib
-import inspect
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TypeVar
 
 from aligner.data.encoder import Encoder
 from aligner.data.examples import Prompt
 from aligner.rollout.sampling import Response, Sampler, Sampling
+from aligner.run.callables import load_callable
 
 Asked = TypeVar("Asked")
 # (prompts, turns so far of each: response, message, response, ..., metadata) -> next message of each, None at its end
@@ -81,19 +78,8 @@ class Conversation:
 
 
 def load_environment(spec: str) -> Environment:
-    """Import `package.module:callable`; a class is constructed once. Raises ValueError that says what is wrong."""
-    module_name, colon, name = spec.partition(":")
-    if not (module_name and colon and name):
-        raise ValueError(f"environment {spec!r} is not MODULE:CALLABLE; write for example my_environments:quiz.")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module_name), name, None)
-    except Exception as error:  # importing runs the user's file, which may raise anything
-        raise ValueError(f"environment {spec!r}: importing {module_name} raised {error}.") from error
-    if not callable(found):
-        raise ValueError(f"environment {spec!r}: {module_name} has no callable {name!r}.")
-    return found() if inspect.isclass(found) else found
+    """The environment `package.module:callable`; raises what run.callables.load_callable raises."""
+    return load_callable(spec, "environment", "my_environments:quiz")
 
 
 Numbered = tuple[int, int, Prompt]  # index of a prompt, how many like it come before it, the prompt

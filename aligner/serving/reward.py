@@ -1,12 +1,10 @@
 """Rewards: options, and callables `package.module:name` that score prompt and response pairs."""
 
-import importlib
-import inspect
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+from aligner.run.callables import load_callable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,25 +92,5 @@ class RewardFunction:
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """Import `package.module:callable`, from the installed packages or the current folder; a class is constructed once.
-
-    spec: for example my_rewards:brevity.
-    Raises ValueError that says what could not be found and how to write it.
-    """
-    module_name, colon, name = spec.partition(":")
-    if not (module_name and colon and name):
-        raise ValueError(f"reward function {spec!r} is not MODULE:CALLABLE; write for example my_rewards:brevity.")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's file, which may raise anything
-        raise ValueError(
-            f"reward function {spec!r}: importing {module_name} raised {type(error).__name__}: {error}; "
-            "write MODULE:CALLABLE with a module in the current folder or an installed package."
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"reward function {spec!r}: {module_name} has no callable {name!r}; it has {sorted(found)}.")
-    return RewardFunction(function() if inspect.isclass(function) else function, spec)
+    """The reward `package.module:callable`; raises what run.callables.load_callable raises."""
+    return RewardFunction(load_callable(spec, "reward function", "my_rewards:brevity"), spec)

@@ -287,7 +287,7 @@ def test_environments_are_found_by_name():
         ("asks_why", r"environment 'asks_why' is not MODULE:CALLABLE; write for example"),
         ("tests.programs.environments:nothing", r"tests\.programs\.environments has no callable 'nothing'"),
         ("tests.programs.environments:not_callable", r"tests\.programs\.environments has no callable 'not_callable'"),
-        ("no_such_module:x", r"importing no_such_module raised No module named"),
+        ("no_such_module:x", r"importing no_such_module raised ModuleNotFoundError: No module named"),
     ):
         with pytest.raises(ValueError, match=message):
             load_environment(spec)
