@@ -41,7 +41,7 @@ class Config(OfflineConfig):
     top_k: int = 64
     """Logits kept of each of the teacher's distributions."""
     cache: Path | None = None
-    """File that keeps them between runs; without it they are computed again at every start."""
+    """File that keeps them for other runs; by default one in the run's folder."""
     loss: Literal["forward_kl", "backward_kl"] = "forward_kl"
     """Direction of the divergence."""
     kd_coef: float = 1.0
