@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from aligner.checkpoint.model_folder import model_folder
 from aligner.data.encoder import Encoder
-from aligner.data.tokenizer import load_tokenizer
+from aligner.data.tokenizer import Continuation, load_tokenizer
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from aligner.run import config as options
@@ -60,9 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         stop_strings=config.stop_strings,
         seed=config.seed,
     )
-    sampler = NativeSampler.from_pretrained(folder, threads=config.threads)
+    middle, sampler = Continuation(tokenizer), NativeSampler.from_pretrained(folder, threads=config.threads)
     for response in sampler.stream([list(tokens)], sampling, n=config.n):
-        answer = tokenizer.decode(response.tokens, skip_special_tokens=True)
+        answer = middle.decode(response.tokens)
         print(answer if config.chat else text + answer, flush=True)
     return 0
 

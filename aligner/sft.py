@@ -75,7 +75,7 @@ def answer(run: OfflineRun, number: int) -> Logged:
     transcript = Transcript(tokenizer)
     sampling = c.sampling.sampling(c.seed, transcript.stop)
     texts = sample_and_score(replica.sampler, prompts, sampling, 1, transcript, None).texts
-    both = [(given, decode(list(wanted))) for given, (_, wanted) in zip(texts[1], pairs, strict=True)]
+    both = [(given, transcript.decode(wanted)) for given, (_, wanted) in zip(texts[1], pairs, strict=True)]
     scores_B2 = torch.tensor(
         [(float(given.split() == wanted.split()), word_f1(given, wanted)) for given, wanted in both]
     )

@@ -1,7 +1,8 @@
 """From text and chats to tokens: the one place that knows where a response begins and ends.
 
 A sequence is tokenized in pieces, cut where a response begins and ends. A prompt's tokens are then exactly those that
-the sampler is given, whatever the response, and no merge of the tokenizer spans the border.
+the sampler is given, whatever the response, and no merge of the tokenizer spans the border. A piece is written as it
+stands in the middle of a text: a tokenizer that begins texts with a space puts none before it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -9,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from transformers import PreTrainedTokenizerBase
 
 from aligner.data.examples import Example, Tokens
-from aligner.data.tokenizer import render_chat
+from aligner.data.tokenizer import Continuation, render_chat
 
 Messages = list[dict[str, str]]
 
@@ -24,13 +25,14 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
         self.tokenizer, self.chat_template = tokenizer, chat_template
         self.eos = tokenizer.eos_token_id
+        self._middle = Continuation(tokenizer)
 
     def prompt(self, prompt: str | Messages) -> tuple[str, Tokens]:
         """(text, tokens) of raw text, or of a chat up to where the assistant's answer begins."""
         if isinstance(prompt, str):
             return prompt, tuple(self.tokenizer(prompt)["input_ids"])
         text = self._render(prompt, opened=True)
-        return text, self._tokens(text)
+        return text, self._beginning(text)
 
     def steer(self, messages: Messages, label: str) -> tuple[str, Tokens]:
         """`prompt` of a chat whose answer is to have these attributes: the label stands where the answer would begin.
@@ -38,7 +40,7 @@ class Encoder:
         label: the attributes, such as "quality:4,toxicity:0"; a line end is written after it.
         """
         text, tokens = self.prompt(messages)
-        return f"{text}{label}\n", tokens + self._tokens(f"{label}\n")
+        return f"{text}{label}\n", tokens + self._middle.encode(f"{label}\n")
 
     def follow(self, prompt: str | Messages, turns: Sequence[str], message: str, *, closed: bool = True) -> Tokens:
         """Tokens of what comes after an answer that has ended: the rest of its turn, `message`, the next opening.
@@ -48,18 +50,18 @@ class Encoder:
         closed: that answer has its end-of-sequence token; else, where a stop string ended it, the rest begins with one.
         """
         if isinstance(prompt, str):
-            return self._tokens(message)
+            return self._middle.encode(message)
         roles = ("assistant", "user")
         chat = [*prompt, *({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))]
         before = self._render(chat, opened=False)
         after = self._render([*chat, {"role": "user", "content": message}], opened=True)
         _, end, rest = before.rpartition(self.tokenizer.eos_token)
         rest = rest if end else ""  # a template without ends
-        return self._tokens((rest if closed else end + rest) + self._added(before, after))
+        return self._middle.encode((rest if closed else end + rest) + self._added(before, after))
 
     def response(self, text: str) -> Tokens:
         """Tokens of an answer to a prompt of raw text, with the end-of-sequence token after them."""
-        return (*self._tokens(text), self.eos)
+        return (*self._middle.encode(text), self.eos)
 
     def document(self, text: str) -> Tokens:
         """Tokens of a whole text, with the end-of-sequence token after them unless the text ends in it."""
@@ -102,7 +104,7 @@ class Encoder:
             written = through
         tokens, mask = [], []
         for text, is_learnt in pieces:
-            ids = self._tokens(text)
+            ids = self._middle.encode(text) if tokens else self._beginning(text)
             num = self._learnt(ids) if is_learnt else 0
             tokens += ids
             mask += [True] * num + [False] * (len(ids) - num)
@@ -140,5 +142,5 @@ class Encoder:
     def _render(self, messages: Messages, *, opened: bool) -> str:
         return render_chat(self.tokenizer, messages, self.chat_template, opened=opened)
 
-    def _tokens(self, text: str) -> Tokens:
+    def _beginning(self, text: str) -> Tokens:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -5,10 +5,14 @@ No pad id is used anywhere in this library (SmolLM2's equals its end-of-sequence
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+# Stands before a text in its place: a control character is a token of its own, of one byte, that merges with nothing.
+_BEFORE = "\x02"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -25,6 +29,34 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {str(folder)!r} has no eos_token; set one in tokenizer_config.json.")
     return tokenizer
+
+
+class Continuation:
+    """A tokenizer in the middle of a text, where sentencepiece ones differ: only a beginning gets a space in front.
+
+    They write "4" as "\u2581" + "4" at the beginning of a text and as "4" after "2 + 2 =", and decode both as "4".
+    Here a text is encoded, and tokens are decoded, as if others came before.
+    Source: Kudo and Richardson 2018, arXiv:1808.06226 (add_dummy_prefix).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        before, letter = self._ids(_BEFORE), self._ids("a")
+        both, num = self._ids(_BEFORE + "a"), len(before)
+        # Byte-level tokenizers write a text anywhere as they do at its beginning: nothing needs to stand before it.
+        self._before = before if both[:num] == before and both[num:] not in ((), letter) else ()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids, without those that the tokenizer puts around a whole text."""
+        return self._ids(_BEFORE + text)[len(self._before) :] if self._before else self._ids(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; special ones are left out."""
+        text = self._tokenizer.decode([*self._before, *tokens], skip_special_tokens=True)
+        return text[len(_BEFORE) :] if self._before else text
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:

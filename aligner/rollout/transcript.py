@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from aligner.data.tokenizer import Continuation
+
 Texts = tuple[list[str], list[str], list[dict]]  # prompts, responses, metadata; one entry a sequence
 
 
@@ -9,12 +11,12 @@ class Transcript:
     """tokenizer: a transformers tokenizer. `stop` holds the ids that end a response."""
 
     def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+        self.tokenizer, self._middle = tokenizer, Continuation(tokenizer)
         self.stop = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
     def decode(self, tokens: list[int]) -> str:
         """A response's text; special tokens are left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self._middle.decode(tokens)
 
     @staticmethod
     def rows(step: int, split: str, texts: Texts, rewards_B: Tensor) -> list[dict]:

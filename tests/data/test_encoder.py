@@ -4,6 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from aligner.data.encoder import Encoder
+from aligner.rollout.transcript import Transcript
+from tests.data.sentencepieces import sentencepiece_tokenizer
 from tests.data.words import TEMPLATE, ids, word_tokenizer
 
 CHAT = [
@@ -132,3 +134,48 @@ def test_smollm2_learns_what_transformers_renders(smol, space):
     assert example.tokens == tuple(whole["input_ids"][: example.length])
     assert list(example.mask) == mask[: example.length]
     assert smol.prompt(chat[:3])[1] == example.split()[0]
+
+
+@pytest.fixture(params=["legacy", "first"])
+def pieces(request):
+    return Encoder(sentencepiece_tokenizer(request.param))
+
+
+@pytest.mark.parametrize("response", [" 42", "42", "\n\n42", " The film.\n", "\u00e9t\u00e9", "  4", ";"])
+def test_sentencepiece_responses_go_on_as_the_whole_text_does(pieces, response):
+    tokenizer = pieces.tokenizer
+    prompt = "The answer is"
+    whole = tuple(tokenizer(prompt + response)["input_ids"])
+    tokens = pieces.response(response)
+    assert pieces.prompt(prompt)[1] + tokens == (*whole, pieces.eos)
+    transcript = Transcript(tokenizer)
+    assert transcript.decode(tokens) == response
+    assert transcript.decode([]) == ""
+
+
+def test_sentencepiece_chats_have_the_tokens_of_the_whole_text(pieces):
+    tokenizer = pieces.tokenizer
+    chat = [
+        {"role": "user", "content": "How was the film?"},
+        {"role": "assistant", "content": "The film was good"},
+        {"role": "user", "content": "Why so?"},
+        {"role": "assistant", "content": "It was 42 minutes long."},
+    ]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    example = pieces.conversation(chat, [1, 3])
+    assert example.tokens == tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert example.split()[0] == pieces.prompt(chat[:3])[1]
+    answers = [" The film was good</s>", " It was 42 minutes long.</s>"]
+    assert Transcript(tokenizer).decode(learnt(example)) == "".join(answers).replace("</s>", "")
+    # What an environment's message adds, and a label, stand in the middle of a text too.
+    first = pieces.conversation(chat[:2], [1]).tokens
+    added = pieces.follow(chat[:1], [" The film was good"], "Why so?")
+    assert first + added == pieces.prompt(chat[:3])[1]
+    text, tokens = pieces.steer(chat[:1], "good:4")
+    assert tokens == tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_a_chat_that_begins_with_what_is_learnt_begins_as_a_text(pieces):
+    template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    example = Encoder(pieces.tokenizer, template).conversation([{"role": "user", "content": "The film"}], [0])
+    assert example.tokens == tuple(pieces.tokenizer("The film</s>", add_special_tokens=False)["input_ids"])
