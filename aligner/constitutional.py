@@ -112,9 +112,10 @@ class Speaker:
     def log_odds(self, chats: list[Chat], first: str, second: str) -> torch.Tensor:
         """log P(first) - log P(second) as the answer to each chat, nats."""
         encoder = self.job.encoder
-        words = [encoder.tokenizer(word, add_special_tokens=False)["input_ids"] for word in (first, second)]
-        tokens = [encoder.prompt(chat)[1] for chat in chats]
-        batch = pack_examples([Example.of(prompt, word) for prompt in tokens for word in words])
+        replies = [[*chat, said(word)] for chat in chats for word in (first, second)]
+        halves = [encoder.conversation(reply, [len(reply) - 1]).split() for reply in replies]
+        words = [[token for token in word if token != encoder.eos] for _, word in halves]
+        batch = pack_examples([Example.of(prompt, word) for (prompt, _), word in zip(halves, words, strict=True)])
         sums_B = ops.segment_sum(self.actor.policy.infer(batch, temperature=1.0)[0], batch.cu_seqlens)
         return sums_B[0::2] - sums_B[1::2]
 

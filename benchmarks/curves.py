@@ -3,15 +3,10 @@
 What the frontier has no run of is trained here, from the same SFT model and data. Writes docs/images/<page>.svg.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from experiment import ROOT, draw_curve, run, write
 
 from aligner.data.movie_reviews import review_rows
-from aligner.run.chart import COLORS, Series, picture
 
-ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "frontier"
 SFT, PAIRS = RUNS / "sft", RUNS / "pairs.jsonl"
 REVIEWS = RUNS / "reviews.jsonl", RUNS / "reviews-held-out.jsonl"
@@ -58,22 +53,11 @@ PAGES = {
 
 def main() -> None:
     for file, rows, count in zip(REVIEWS, review_rows(), (640, 64), strict=True):
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        write(file, rows[:count])
     for name, (program, options) in MORE.items():
-        if not (RUNS / name / "policy").exists():
-            command = [sys.executable, "-W", "ignore", "-m", f"aligner.{program}", *map(str, options)]
-            print(" ".join(["python", *command[3:]]), flush=True)
-            with (RUNS / f"{name}.log").open("w") as log:
-                command += ["--output", str(RUNS / name)]
-                subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-    for page, (run, title, metrics) in PAGES.items():
-        rows = [json.loads(line) for line in (RUNS / run / "metrics.jsonl").read_text().splitlines()]
-        series = []
-        for i, (metric, label) in enumerate(metrics):
-            points = [(row["step"], row[metric]) for row in rows if metric in row]
-            if points:
-                series.append(Series(label=label, points=points, color=COLORS[i], dots=metric.startswith("eval/")))
-        (ROOT / "docs" / "images" / f"{page}.svg").write_text(picture(title, "step", series))
+        run(RUNS / name, program, *options)
+    for page, (folder, title, lines) in PAGES.items():
+        draw_curve(page, title, RUNS / folder / "metrics.jsonl", lines)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ Every stage is a command of its own, printed before it runs; a stage whose outpu
 Writes benchmarks/results/frontier.csv and docs/images/frontier.svg.
 """
 
-import csv
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from experiment import IMAGES, ROOT, run, write_results
+
 RUNS = ROOT / "runs" / "frontier"
 SFT, PAIRS, JUDGED = RUNS / "sft", RUNS / "pairs.jsonl", RUNS / "judged.jsonl"
 TOKENS = ["--sampling.max-tokens", "24"]
@@ -33,59 +30,33 @@ METHODS = {
 }
 
 
-def run(output: Path, program: str, *arguments) -> None:
-    if output.exists():
-        return
-    command = [sys.executable, "-W", "ignore", "-m", f"aligner.{program}", *map(str, arguments)]
-    print(" ".join(["python", *command[3:]]), flush=True)
-    name = output.parent.name if output.name == "policy" else output.name
-    with (RUNS / f"{name}.log").open("w") as log:
-        subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-
-
 def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
-    sft = ["--steps", "150", "--batch.examples", "32", "--optimizer.lr", "5e-4", "--optimizer.warmup-steps", "10"]
-    run(SFT / "policy", "sft", *sft, "--output", SFT)
+    run(SFT, "sft", "--steps", 150, "--batch.examples", 32, "--optimizer.lr", 5e-4, "--optimizer.warmup-steps", 10)
     data = ["--model", SFT, "--prompts", PROMPTS, "--n", "4", *TOKENS]
-    run(PAIRS, "preferences", *data, "--output", PAIRS)
-    run(JUDGED, "preferences", *data, "--kind", "judged", "--output", JUDGED)
+    run(PAIRS, "preferences", *data)
+    run(JUDGED, "preferences", *data, "--kind", "judged")
     points = [("SFT", "", SFT)]
     for method, (program, options, knob, values) in METHODS.items():
         for value in values:
             folder = RUNS / f"{method.replace(' ', '-').lower()}{knob}-{value}"
-            run(folder / "policy", program, "--model", SFT, *options, knob, value, "--output", folder)
+            run(folder, program, "--model", SFT, *options, knob, value)
             points.append((method, f"{knob} {value}", folder))
     rows, files = [], []
     for method, knob, folder in points:
         file = RUNS / f"{folder.name}.json"
-        run(
-            file,
-            "evaluate",
-            "--model",
-            folder,
-            "--reference",
-            SFT,
-            "--against",
-            SFT,
-            *TOKENS,
-            "--label",
-            method,
-            "--output",
-            file,
-        )
+        against = ["--reference", SFT, "--against", SFT]
+        run(file, "evaluate", "--model", folder, *against, *TOKENS, "--label", method)
         row = json.loads(file.read_text())
         rows.append(
             {"method": method, "strength": knob} | {k: v for k, v in row.items() if k not in ("label", "model")}
         )
         files.append(file)
-    with (ROOT / "benchmarks" / "results" / "frontier.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    picture = ROOT / "docs" / "images" / "frontier.svg"
+    write_results("frontier", rows)
+    picture = RUNS / "frontier.svg"
     picture.unlink(missing_ok=True)
-    run(picture, "evaluate", "--frontier", *files[1:], "--output", picture)
+    run(picture, "evaluate", "--frontier", *files[1:])
+    (IMAGES / "frontier.svg").write_text(picture.read_text())
 
 
 if __name__ == "__main__":

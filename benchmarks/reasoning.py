@@ -3,73 +3,81 @@
 Writes benchmarks/results/reasoning.csv. Needs `pip install reasoning-gym==0.1.25`.
 """
 
-import csv
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import reasoning_gym
+from experiment import ROOT, draw_curve, read, run, write, write_results
 
-ROOT = Path(__file__).parent.parent
+from aligner.checkpoint.default_model import default_model
+from aligner.data.tokenizer import load_tokenizer
+from aligner.rollout.native import NativeSampler
+from aligner.rollout.sampling import Sampling
+from aligner.serving.reasoning import VerifiedAnswer
+
 RUNS = ROOT / "runs" / "reasoning"
-TASKS = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
-    "spell_backward": {"min_word_len": 3, "max_word_len": 3},
-}
+TERMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+TASKS = {"chain_sum": TERMS, "products": TERMS}
 # A model of this size does not follow the tasks' questions; it goes on with a list of solved ones.
 SHOTS = {
     "chain_sum": "1 + 5 = 6\n7 - 4 = 3\n2 + 9 = 11\n3 - 8 = -5\n",
-    "spell_backward": "sun -> nus\ncat -> tac\nodd -> ddo\npit -> tip\n",
+    "products": "2 * 3 = 6\n15 * 4 = 60\n7 * 6 = 42\n3 * 12 = 36\n",
 }
-OPTIONS = ["--reward.function", "aligner.serving.reasoning:VerifiedAnswer", "--sampling.max-tokens", "8"]
-OPTIONS += ["--sampling.stop-strings", "\n", "--kl-coef", "0.02", "--kl-estimator", "k2", "--optimizer.lr", "1e-3"]
+HELD_OUT = 256
+MAX_TOKENS = 8
+OPTIONS = ["--reward.function", "aligner.serving.reasoning:VerifiedAnswer", "--sampling.max-tokens", str(MAX_TOKENS)]
+OPTIONS += ["--sampling.stop-strings", "\n", "--clip-high", "0.28", "--dynamic-sampling", "4", "--kl-coef", "0"]
 OPTIONS += ["--batch.sequences", "128", "--batch.samples-per-prompt", "8", "--batch.minibatch-sequences", "128"]
-OPTIONS += ["--steps", "40", "--eval-prompts", "256", "--eval-every", "10"]
+OPTIONS += ["--steps", "40", "--eval-prompts", str(HELD_OUT), "--eval-every", "10", "--optimizer.lr", "5e-4"]
 
 
-def prompt(task: str, question: str) -> str:
-    """The question as the next line of the solved ones."""
-    if task == "chain_sum":
-        return SHOTS[task] + question.rpartition(": ")[2]
-    return SHOTS[task] + question.rpartition(": ")[2] + " ->"
+def rows_of(task: str) -> tuple[list[dict], list[dict]]:
+    """(training rows, held-out rows): no question is in both, and none is asked twice."""
+    entries = {row["question"]: row for row in reasoning_gym.create_dataset(task, size=8000, seed=1, **TASKS[task])}
+    rows = []
+    for question, row in entries.items():
+        problem = question.partition(": ")[2].partition(". ")[0].removesuffix("=").strip()
+        entry = {"answer": row["answer"], "metadata": row["metadata"], "source_dataset": task}
+        rows.append({"text": f"{SHOTS[task]}{problem} =", **entry})
+    return rows[HELD_OUT:], rows[:HELD_OUT]
 
 
-def write(file: Path, task: str, size: int, seed: int) -> None:
-    rows = reasoning_gym.create_dataset(task, size=size, seed=seed, **TASKS[task])
-    with file.open("w") as lines:
-        for row in rows:
-            entry = {"answer": row["answer"], "metadata": row["metadata"], "source_dataset": task}
-            lines.write(json.dumps({"text": prompt(task, row["question"]), **entry}) + "\n")
+def greedy_accuracy(folder: Path, rows: list[dict]) -> float:
+    """How many of the most likely answers the task's checker calls right."""
+    tokenizer, sampler = load_tokenizer(folder), NativeSampler.from_pretrained(folder)
+    stop = {"stop": (tokenizer.eos_token_id,), "stop_strings": ("\n",)}
+    prompts = [tokenizer.encode(row["text"]) for row in rows]
+    sampling = Sampling(max_tokens=MAX_TOKENS, temperature=0.0, **stop)
+    found = {r.prompt: tokenizer.decode(r.tokens) for r in sampler.stream(prompts, sampling)}
+    scores = VerifiedAnswer()([], [found[i] for i in range(len(rows))], rows)
+    return sum(score == 1 for score in scores) / len(rows)
 
 
 def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
-    rows = []
+    results = []
     for task in TASKS:
-        train, held_out, run = RUNS / f"{task}.jsonl", RUNS / f"{task}-held-out.jsonl", RUNS / task
-        write(train, task, 2000, seed=1)
-        write(held_out, task, 256, seed=2)
-        if not (run / "policy").exists():
-            command = [sys.executable, "-W", "ignore", "-m", "aligner.grpo", "--data", str(train), "--eval-data"]
-            command += [str(held_out), *OPTIONS, "--output", str(run)]
-            print(" ".join(["python", *command[3:]]), flush=True)
-            with (RUNS / f"{task}.log").open("w") as log:
-                subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
-        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        rows.append(
+        sides, folder = rows_of(task), RUNS / task
+        train, held_out = (
+            write(RUNS / f"{task}-{name}.jsonl", rows) for name, rows in zip(("train", "held-out"), sides, strict=True)
+        )
+        run(folder, "grpo", "--data", train, "--eval-data", held_out, *OPTIONS)
+        metrics = read(folder / "metrics.jsonl")
+        results.append(
             {
                 "task": task,
+                "questions": len(sides[0]),
                 "steps": metrics[-1]["step"],
                 "score before": metrics[0]["eval/reward/mean"],
                 "score after": metrics[-1]["eval/reward/mean"],
+                "greedy accuracy before": greedy_accuracy(default_model(), sides[1]),
+                "greedy accuracy after": greedy_accuracy(folder / "policy", sides[1]),
                 "kl after": metrics[-1]["eval/kl/mean"],
             }
         )
-    with (ROOT / "benchmarks" / "results" / "reasoning.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+        print(results[-1], flush=True)
+    write_results("reasoning", results)
+    lines = (("eval/reward/mean", "held out"), ("reward/mean", "of a step"), ("eval/kl/mean", "KL, nats per response"))
+    draw_curve("reasoning", "GRPO on chain_sum: share of right answers", RUNS / "chain_sum" / "metrics.jsonl", lines)
 
 
 if __name__ == "__main__":

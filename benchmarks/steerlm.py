@@ -1,60 +1,73 @@
 """SteerLM on ratings by people: `make steerlm`. 5,988 dialogues of the package chitchat-dataset (MIT), rated 0 to 10.
 
-Attribute model -> labels -> attribute-conditioned SFT -> the same prompts with upbeat 9 and upbeat 1, whose answers an
-independent judge of sentiment compares. Writes benchmarks/results/steerlm.csv.
+Attribute model -> labels for dialogues without ratings -> attribute-conditioned SFT on both -> the same prompts with
+upbeat 9 and upbeat 1, whose answers an independent judge of sentiment compares. Writes benchmarks/results/steerlm.csv.
 Needs `pip install --no-deps chitchat-dataset==0.9.0`.
 """
 
-import csv
 import hashlib
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from experiment import ROOT, draw_curve, read, run, write, write_results
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import Ridge
 
 from aligner.data.encoder import Encoder
 from aligner.data.tokenizer import load_tokenizer
+from aligner.losses.ranking import spearman
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from aligner.serving.sentiment import PositiveReview
 
-ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "steerlm"
 NAMES = ("witty", "upbeat", "interesting")
-MESSAGES = 6  # of each dialogue, the last one the assistant's
+UNTOUCHED = [5.0, 5.0, 5.0]  # where the sliders stand before anybody rates; half of the ratings
+MESSAGES = 4  # of a dialogue, at least
+LEARNT = 8  # of each, by SFT
 SYSTEM = {"role": "system", "content": "You are chatting with a stranger."}
 
 
-def dialogues() -> tuple[list[dict], list[dict]]:
-    """(training rows, held-out rows): one dialogue in eight, by its hash, is held out."""
+def dialogues() -> dict[str, list[dict]]:
+    """Chats that end with the assistant's message: rated ones, one in eight of them held out, and ones without."""
     folder = Path(importlib.util.find_spec("chitchat_dataset").submodule_search_locations[0])
-    sides: tuple[list[dict], list[dict]] = ([], [])
+    sides: dict[str, list[dict]] = {"rated": [], "held-out": [], "unrated": []}
     for name, dialogue in json.loads((folder / "dataset.json").read_text()).items():
-        turns = [" ".join(m["text"].strip() for m in group) for group in dialogue["messages"]][:MESSAGES]
-        rated = dialogue.get("ratings") or {}
-        if len(turns) == MESSAGES and all(turns) and all(isinstance(rated.get(n), int | float) for n in NAMES):
-            roles = ("user", "assistant")
-            messages = [SYSTEM, *({"role": roles[i % 2], "content": t} for i, t in enumerate(turns))]
+        turns = [" ".join(m["text"].strip() for m in group) for group in dialogue["messages"]]
+        turns = turns[: len(turns) // 2 * 2]
+        ratings = [float(dialogue["ratings"][n]) for n in NAMES] if dialogue.get("ratings") else None
+        if len(turns) < MESSAGES or not all(turns) or ratings == UNTOUCHED:
+            continue
+        said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        row = {"messages": [SYSTEM, *said]}
+        if ratings is None:
+            sides["unrated"].append(row)
+        else:
             held_out = hashlib.sha256(name.encode()).digest()[0] % 8 == 0
-            sides[held_out].append({"messages": messages, "label": [float(rated[n]) for n in NAMES]})
+            sides["held-out" if held_out else "rated"].append(row | {"label": ratings})
     return sides
 
 
-def write(file: Path, rows: list[dict]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+def with_label(row: dict) -> dict:
+    """The chat as annotate writes it, with what people said in place of the attribute model."""
+    label = ",".join(f"{name}:{round(value)}" for name, value in zip(NAMES, row["label"], strict=True))
+    said = [
+        {"from": m["role"].capitalize(), "value": m["content"], "label": label if m["role"] == "assistant" else None}
+        for m in row["messages"][1 : LEARNT + 1]
+    ]
+    return {"system": SYSTEM["content"], "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
 
 
-def run(output: Path, program: str, *arguments) -> None:
-    if output.exists():
-        return
-    command = [sys.executable, "-W", "ignore", "-m", f"aligner.{program}", *map(str, arguments)]
-    print(" ".join(["python", *command[3:]]), flush=True)
-    with (RUNS / f"{program}.log").open("w") as log:
-        subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=True)
+def linear_correlations(train: list[dict], held_out: list[dict]) -> list[float]:
+    """Spearman's of ridge regression on words, for comparison."""
+    words = TfidfVectorizer(sublinear_tf=True, min_df=3)
+    texts = [["\n".join(m["content"] for m in row["messages"][1:]) for row in rows] for rows in (train, held_out)]
+    model = Ridge(alpha=3.0).fit(words.fit_transform(texts[0]), [row["label"] for row in train])
+    guesses_BK = torch.tensor(model.predict(words.transform(texts[1])))
+    ratings_BK = torch.tensor([row["label"] for row in held_out])
+    return [spearman(guesses_BK[:, k], ratings_BK[:, k]) for k in range(len(NAMES))]
 
 
 def steered(folder: Path, rows: list[dict], label: str) -> list[str]:
@@ -69,33 +82,37 @@ def steered(folder: Path, rows: list[dict], label: str) -> list[str]:
 
 def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
-    train, held_out = dialogues()
-    print(f"{len(train)} dialogues, {len(held_out)} held out", flush=True)
-    rated, held = write(RUNS / "rated.jsonl", train), write(RUNS / "held-out.jsonl", held_out)
-    chats = write(RUNS / "chats.jsonl", [{"messages": row["messages"]} for row in train[:640]])
-    cut = ["--data.max-tokens", "160", "--data.too-long", "truncate"]
-    attributes, labelled, tuned = RUNS / "attributes", RUNS / "labelled.jsonl", RUNS / "tuned"
-    trained = ["--loss", "regression", "--layers", "12", "--steps", "40", "--optimizer.warmup-steps", "5"]
-    validated = ["--eval-data", held, "--eval-examples", "400"]
-    run(attributes / "policy", "reward_model", "--data", rated, *validated, *trained, *cut, "--output", attributes)
-    named = ["--names", *NAMES, "--data", chats, "--high", "10"]
-    run(labelled, "annotate", "--model", attributes, *named, "--output", labelled)
-    run(tuned / "policy", "steerlm", "--data", labelled, *cut, "--batch.examples", "16", "--output", tuned)
-    metrics = [json.loads(line) for line in (attributes / "metrics.jsonl").read_text().splitlines()][-1]
-    rows = [{"what": f"Spearman, {n}, held out", "value": metrics[f"eval/spearman/{k}"]} for k, n in enumerate(NAMES)]
-    judge, openings, scores = PositiveReview(), held_out[:128], {}
+    sides = dialogues()
+    print(", ".join(f"{len(rows)} {name}" for name, rows in sides.items()), flush=True)
+    rated, held_out = (write(RUNS / f"{name}.jsonl", sides[name]) for name in ("rated", "held-out"))
+    unrated = [{"messages": row["messages"][: LEARNT + 1]} for row in sides["unrated"]]
+    unrated = write(RUNS / "unrated.jsonl", unrated)
+    attributes, annotated, tuned = RUNS / "attributes", RUNS / "annotated.jsonl", RUNS / "tuned"
+    trained = ["--loss", "regression", "--layers", "12", "--steps", "100", "--batch.examples", "40"]
+    trained += ["--optimizer.warmup-steps", "5", "--eval-every", "50", "--eval-examples", "400"]
+    cut = ["--data.max-tokens", "256", "--data.too-long", "truncate"]
+    run(attributes, "reward_model", "--data", rated, "--eval-data", held_out, *trained, *cut)
+    run(annotated, "annotate", "--model", attributes, "--names", *NAMES, "--high", "10", "--data", unrated)
+    labelled = write(RUNS / "labelled.jsonl", [*map(with_label, sides["rated"]), *read(annotated)])
+    run(tuned, "steerlm", "--data", labelled, *cut, "--batch.examples", "16", "--steps", "120")
+    metrics, linear = read(attributes / "metrics.jsonl")[-1], linear_correlations(sides["rated"], sides["held-out"])
+    rows = []
+    for k, name in enumerate(NAMES):
+        rows.append({"what": f"Spearman, {name}, attribute model", "value": metrics[f"eval/spearman/{k}"]})
+        rows.append({"what": f"Spearman, {name}, ridge on words", "value": linear[k]})
+    judge, openings, scores = PositiveReview(), sides["held-out"][:256], {}
     for upbeat in (1, 9):
         answers = steered(tuned / "policy", openings, f"witty:6,upbeat:{upbeat},interesting:7")
+        write(RUNS / f"upbeat-{upbeat}.jsonl", [{"answer": answer} for answer in answers])
         scores[upbeat] = torch.tensor(judge([], answers, []))
         rows.append({"what": f"sentiment, log-odds, upbeat {upbeat}", "value": float(scores[upbeat].mean())})
     gain = scores[9] - scores[1]
     rows.append({"what": "difference", "value": float(gain.mean())})
     rows.append({"what": "its standard error", "value": float(gain.std() / len(gain) ** 0.5)})
-    with (ROOT / "benchmarks" / "results" / "steerlm.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_results("steerlm", rows)
     print("\n".join(f"{row['what']}: {row['value']:.3f}" for row in rows))
+    lines = (("loss", "of a step"), ("eval/loss", "held out"))
+    draw_curve("steerlm", "Attribute model: squared error of a rating", attributes / "metrics.jsonl", lines)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Every training program on a tiny model: what each needs to run, and runs of many in two processes.
 
-`run(rank, world, work)` is for torch.multiprocessing; a program joins by a line in PROGRAMS.
+`run(rank, world, work)` is for torch.multiprocessing; a program joins by a line in PROGRAMS, options by VARIATIONS.
 """
 
 import contextlib
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -56,7 +56,7 @@ def answer(g: random.Random) -> dict:
 
 @dataclass(frozen=True)
 class Program:
-    """kind: of its data. options: its own, next to those of all; {folder} in them is that of `prepare`.
+    """kind: of its data. options: its own, next to those of all; {folder} in them is of `prepare`, {run} the run's.
     trained: groups of options of the trained networks.
     steps: options of a run of that many steps in all, an even number.
     """
@@ -66,13 +66,18 @@ class Program:
     options: dict = field(default_factory=dict)
     trained: tuple[str, ...] = ("",)
     steps: object = staticmethod(lambda n: {"steps": n})
+    variation: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}-{self.variation}" if self.variation else self.name
 
     @property
     def online(self) -> bool:
         return self.kind == "prompts"
 
-    def command(self, folder: Path, n: int, *, rank: int) -> dict:
-        """Options of a run of n steps, by LoRA of that rank; `folder` as of `prepare`."""
+    def command(self, folder: Path, n: int, *, rank: int, run: str = "") -> dict:
+        """Options of a run of n steps, by LoRA of that rank; `folder` as of `prepare`, `run` names the run."""
         shared = {"model": folder / "model", "data": folder / f"{self.kind}.jsonl", "eval-every": 1, "save-every": 0}
         shared["eval-data"] = shared["data"]
         sampled = {"eval-prompts": 3, "sampling.max-tokens": 5, "reward.function": "tests.programs.rewards:digits"}
@@ -81,7 +86,8 @@ class Program:
         shared["batch.tokens-per-micro-batch"] = 24
         for group in self.trained:
             shared |= {f"{group}{name}": value for name, value in OPTIMIZER.items()} | {f"{group}lora.rank": rank}
-        own = {name: x.format(folder=folder) if isinstance(x, str) else x for name, x in self.options.items()}
+        places = {"folder": folder, "run": run}
+        own = {name: x.format(**places) if isinstance(x, str) else x for name, x in self.options.items()}
         return shared | self.steps(n) | own
 
 
@@ -108,7 +114,45 @@ PROGRAMS = [
     Program("steerlm", "weighted", {"loss": "steerlm2"}),
     Program("distill", "supervised", {"teacher": "{folder}/teacher", "top-k": 5, "sft-coef": 0.1}),
 ]
-NAMES = [program.name for program in PROGRAMS]
+PPO = next(program for program in PROGRAMS if program.name == "ppo")
+TRUE_OR_FALSE = {"reward.function": "tests.programs.rewards:has_a_seven"}
+
+
+def varied(program: Program, variation: str, **options) -> Program:
+    options = {name.replace("__", ".").replace("_", "-"): value for name, value in options.items()}
+    return replace(program, variation=variation, options=program.options | options)
+
+
+VARIATIONS = [
+    varied(PPO, "controller", kl_target=0.01, kl_horizon=20, critic_warmup_steps=1, reward__clip=0.5),
+    varied(PPO, "judged", reward__model="{folder}/judge", reward__weights=(1.0, 0.5)),
+    Program(
+        "grpo", "prompts", TRUE_OR_FALSE | {"dynamic-sampling": 3, "overlong-buffer": 2, "kl-coef": 0}, variation="dapo"
+    ),
+    Program(
+        "grpo",
+        "prompts",
+        {"ratio": "sequence", "average": "sequence", "dual-clip": 1.1, "batch.epochs": 2, "optimizer.lr": 1e-2},
+        variation="gspo",
+    ),
+    Program(
+        "grpo",
+        "prompts",
+        {"ratio": "cispo", "mask-unfinished": True, "correction": "tis", "entropy-bonus": 0.01},
+        variation="cispo",
+    ),
+    Program(
+        "reinforce",
+        "prompts",
+        {"baseline": "reinforce_pp", "optimizer.warmup-steps": 2, "optimizer.decay-steps": 5},
+        variation="pp",
+    ),
+    Program("dpo", "pairs", {"loss": "rpo_fwd_kl", "reference-cache": "{folder}/{run}.npz"}, variation="cached"),
+    Program("dpo", "pairs", {"loss": "simpo", "average": True}, variation="simpo"),
+    Program("dpo", "pairs", {"loss": "orpo", "sft-coef": 1.0}, variation="orpo"),
+    Program("steerlm", "supervised", variation="sft"),
+    Program("sft", "supervised", {"eval-samples": 3, "sampling.max-tokens": 5}, variation="answers"),
+]
 
 
 def prepare(folder: Path) -> Path:
@@ -117,11 +161,13 @@ def prepare(folder: Path) -> Path:
     save_bandit(folder / "teacher", num_hidden_layers=1)
     for kind in {program.kind for program in PROGRAMS}:
         write(folder / f"{kind}.jsonl", rows(kind))
+    judge = {"model": folder / "model", "data": folder / "pairs.jsonl", "steps": 2, "batch.examples": 4}
+    runs.run("reward_model", folder / "judge", judge | {"optimizer.lr": 1e-2})
     return folder
 
 
 def run(rank: int, world: int, folder: Path, layouts: dict[str, tuple[dict, int]]) -> None:
-    """One rank of every program in every layout; the runs are folder/<layout>-<program>.
+    """One rank of every program in every layout, of the variations with all weights; runs are folder/<layout>-<title>.
 
     layouts: (options, LoRA's rank) of each.
     """
@@ -130,9 +176,9 @@ def run(rank: int, world: int, folder: Path, layouts: dict[str, tuple[dict, int]
     for name, (options, lora) in layouts.items():
         dist.init_process_group("gloo", init_method=f"file://{folder}/{name}.meeting", rank=rank, world_size=world)
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            for program in PROGRAMS:
-                command = program.command(folder, STEPS, rank=lora) | options
-                runs.run(program.name, folder / f"{name}-{program.name}", command)
+            for program in [*PROGRAMS, *([] if lora else VARIATIONS)]:
+                command = program.command(folder, STEPS, rank=lora, run=f"{name}-{program.title}") | options
+                runs.run(program.name, folder / f"{name}-{program.title}", command)
         dist.barrier()
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from aligner import spin
 from tests.programs import every
-from tests.programs.every import NAMES, PROGRAMS, STEPS, Program
+from tests.programs.every import PROGRAMS, STEPS, VARIATIONS, Program
 from tests.programs.runs import metrics, run, samples, start
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,8 @@ LAYOUTS = {  # options and LoRA's rank
 }
 MORE = STEPS + 2  # steps of the runs in one process
 OF_THE_LAYOUT = ("padding/", "sampler_gap/")  # what a layout may change: shares of padding, and rounding alone
-every_program = pytest.mark.parametrize("program", PROGRAMS, ids=NAMES)
+every_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.title)
+every_variation = pytest.mark.parametrize("program", VARIATIONS, ids=lambda program: program.title)
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[tuple[str, int], Path]:
-    """Every program in one process, without a break, by LoRA's rank, 0 for all weights."""
+    """Every program in one process, without a break, by LoRA's rank, 0 for all weights; variations with all weights."""
+    wanted = [(p, rank) for p in PROGRAMS for rank in (0, 4)] + [(p, 0) for p in VARIATIONS]
+    names = {(p.title, rank): f"alone-{p.title}-{rank}" for p, rank in wanted}
     return {
-        (p.name, rank): run(p.name, folder / f"alone-{p.name}-{rank}", p.command(folder, MORE, rank=rank))
-        for p in PROGRAMS
-        for rank in (0, 4)
+        (p.title, rank): run(p.name, folder / name, p.command(folder, MORE, rank=rank, run=name))
+        for (p, rank), name in zip(wanted, names.values(), strict=True)
     }
 
 
@@ -52,24 +54,6 @@ def together(folder: Path) -> Path:
     finally:
         os.environ["OMP_NUM_THREADS"] = threads or "2"
     return folder
-
-
-@pytest.fixture(scope="module")
-def straight(folder: Path, alone) -> dict[str, Path]:
-    """The same by LoRA, with options that a resume must not forget."""
-    return {
-        p.name: run(p.name, folder / f"straight-{p.name}", p.command(folder, MORE, rank=4) | WITH[p.name])
-        if p.name in WITH
-        else alone[p.name, 4]
-        for p in PROGRAMS
-    }
-
-
-WITH = {
-    "ppo": {"kl-target": 0.01, "kl-horizon": 20},
-    "grpo": {"dynamic-sampling": 3, "reward.function": "tests.programs.rewards:has_a_seven"},
-    "reinforce": {"optimizer.warmup-steps": 2, "optimizer.decay-steps": 5},
-}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -125,18 +109,51 @@ def test_all_weights_or_adapters_alone_are_trained(program: Program, folder: Pat
         assert torch.equal(tensor, lora[name]) != adapted, name
 
 
-@every_program
-def test_a_run_that_stops_goes_on_as_if_it_had_not(program: Program, folder: Path, straight, tmp_path):
-    whole = program.command(folder, MORE, rank=4) | WITH.get(program.name, {})
-    done = run(program.name, tmp_path / "run", whole | program.steps(2))
+def check_resumed(program: Program, folder: Path, rank: int, whole: Path, place: Path) -> None:
+    command = program.command(folder, MORE, rank=rank, run=place.name)
+    done = run(program.name, place, command | program.steps(2))
     assert len(metrics(done)) == 3
-    run(program.name, done, whole | {"resume": True})
-    check_same(done, straight[program.name])
-    rows = metrics(done)
-    if program.name == "ppo":  # what the rest hangs on was there
-        assert len({row["kl_coef"] for row in rows[1:]}) == MORE
-    if program.name == "grpo":
-        assert len({row["groups/batches_tried"] for row in rows[1:]}) > 1
+    run(program.name, done, command | {"resume": True})
+    check_same(done, whole)
+
+
+@every_program
+def test_a_run_that_stops_goes_on_as_if_it_had_not(program: Program, folder: Path, alone, tmp_path):
+    check_resumed(program, folder, 4, alone[program.title, 4], tmp_path / "run")
+
+
+@every_variation
+def test_options_are_not_forgotten_in_a_resumed_run(program: Program, folder: Path, alone, tmp_path):
+    check_resumed(program, folder, 0, alone[program.title, 0], folder / f"resumed-{program.title}")
+
+
+@pytest.mark.parametrize("layout", [name for name, (_, rank) in LAYOUTS.items() if not rank])
+@every_variation
+def test_options_mean_the_same_in_two_processes(program: Program, layout: str, folder: Path, alone, together):
+    two, one = together / f"{layout}-{program.title}", alone[program.title, 0]
+    check_close(metrics(two), metrics(one)[: STEPS + 1])
+    if program.online:
+        said = [[row["response"] for row in samples(done) if row["step"] <= STEPS] for done in (two, one)]
+        assert said[0] == said[1] and len(set(said[0])) > 8
+
+
+def test_the_variations_do_something(folder: Path, alone):
+    """What they are there for was seen in the runs that are compared."""
+
+    def values(title: str, name: str) -> list[float]:
+        return [row[name] for row in metrics(alone[title, 0])[1:]]
+
+    assert len(set(values("ppo-controller", "kl_coef"))) == MORE
+    assert len(set(values("grpo-dapo", "groups/batches_tried"))) > 1
+    judged, plain = (metrics(alone[title, 0])[0]["eval/reward/mean"] for title in ("ppo-judged", "ppo"))
+    assert abs(judged - plain) > 0.01
+    assert (folder / "alone-dpo-cached-0.npz").exists()
+    for program in VARIATIONS:
+        plain = [p for p in PROGRAMS if p.name == program.name and p.kind == program.kind]
+        for same in plain:
+            one, other = (weights(alone[p.title, 0] / "policy") for p in (program, same))
+            changed = program.title != "sft-answers"
+            assert changed == any(not torch.equal(tensor, other[name]) for name, tensor in one.items()), program.title
 
 
 @pytest.mark.parametrize("rank", [0, 4])
