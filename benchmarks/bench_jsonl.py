@@ -1,6 +1,7 @@
 """Opening a large JSONL file: the first time, again, and one line at random; a row each in results/jsonl.csv.
 
-Writes a file of about 1 GB to the temporary folder, and an index of it to a cache folder there.
+`bench_jsonl.py [GB]` writes a file of 1 GB, or of so many, to the temporary folder, and an index of it to a cache folder
+there. Before the file is opened for the first time, what the system holds of it in memory is dropped.
 """
 
 import csv
@@ -9,6 +10,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 from aligner.data.jsonl import JsonLines
 
 RESULTS = Path(__file__).parent / "results" / "jsonl.csv"
-LINES, REPEATS, READS = 1_100_000, 5, 20_000
+LINES_OF_A_GB, REPEATS, READS = 1_100_000, 3, 5_000
 
 
 def seconds(action) -> float:
@@ -25,31 +27,42 @@ def seconds(action) -> float:
     return time.perf_counter() - start
 
 
+def drop_from_memory(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def main() -> None:
+    num_lines = LINES_OF_A_GB * int(sys.argv[1] if len(sys.argv) > 1 else 1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         file = Path(folder) / "lines.jsonl"
         line = json.dumps({"prompt": "word " * 60, "completion": "word " * 110}) + "\n"
         with file.open("w") as out:
-            for _ in range(LINES):
+            for _ in range(num_lines):
                 out.write(line)
-        first, again = [], []
+        cold, first, again = [], [], []
         for _ in range(REPEATS):
             os.utime(file)  # another time: another index
+            drop_from_memory(file)
+            cold.append(seconds(lambda: JsonLines(file)))
+            os.utime(file)
             first.append(seconds(lambda: JsonLines(file)))
             again.append(seconds(lambda: JsonLines(file)))
         lines, draw = JsonLines(file), random.Random(0)
         read = seconds(lambda: [lines.row(draw.randrange(len(lines))) for _ in range(READS)]) / READS
         size = file.stat().st_size
-    rows = {"first opening": statistics.median(first), "opening again": statistics.median(again), "one line": read}
+    rows = {"first opening, from disk": statistics.median(cold), "first opening": statistics.median(first)}
+    rows |= {"opening again": statistics.median(again), "one line": read}
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as out:
         writer = csv.writer(out)
         if new:
             writer.writerow(["date", "bytes", "lines", "what", "seconds", "gb_per_s"])
         for what, value in rows.items():
-            speed = f"{size / value / 1e9:.2f}" if what == "first opening" else ""
-            writer.writerow([datetime.date.today(), size, LINES, what, f"{value:.3g}", speed])
+            speed = f"{size / value / 1e9:.2f}" if what.startswith("first") else ""
+            writer.writerow([datetime.date.today(), size, num_lines, what, f"{value:.3g}", speed])
             print(f"{what}: {value:.3g} s {speed and speed + ' GB/s'}")
 
 
