@@ -1,7 +1,7 @@
 """Opening a large JSONL file: the first time, again, and one line at random; a row each in results/jsonl.csv.
 
-`bench_jsonl.py [GB]` writes a file of 1 GB, or of so many, to the temporary folder, and an index of it to a cache folder
-there. Before the file is opened for the first time, what the system holds of it in memory is dropped.
+`bench_jsonl.py [GB]` writes a file of 1 GB, or of so many, to the temporary folder, and an index of it to a cache
+folder there. What the system holds of the file in memory is dropped before it is opened from disk.
 """
 
 import csv

@@ -15,6 +15,7 @@ from experiment import ROOT, draw_curve, read, run, write, write_results
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
+from aligner.checkpoint.default_model import default_model
 from aligner.data.encoder import Encoder
 from aligner.data.tokenizer import load_tokenizer
 from aligner.losses.ranking import spearman
@@ -26,6 +27,7 @@ RUNS = ROOT / "runs" / "steerlm"
 NAMES = ("witty", "upbeat", "interesting")
 UNTOUCHED = [5.0, 5.0, 5.0]  # where the sliders stand before anybody rates; half of the ratings
 MESSAGES = 4  # of a dialogue, at least
+READ = 256  # tokens of a dialogue, its last ones
 LEARNT = 8  # of each, by SFT
 SYSTEM = {"role": "system", "content": "You are chatting with a stranger."}
 
@@ -61,9 +63,15 @@ def with_label(row: dict) -> dict:
 
 
 def linear_correlations(train: list[dict], held_out: list[dict]) -> list[float]:
-    """Spearman's of ridge regression on words, for comparison."""
-    words = TfidfVectorizer(sublinear_tf=True, min_df=3)
-    texts = [["\n".join(m["content"] for m in row["messages"][1:]) for row in rows] for rows in (train, held_out)]
+    """Spearman's of ridge regression on the words of what the attribute model reads, for comparison."""
+    words, tokenizer = TfidfVectorizer(sublinear_tf=True, min_df=3), load_tokenizer(default_model())
+    encoder = Encoder(tokenizer)
+
+    def read_part(row: dict) -> str:
+        messages = row["messages"]
+        return encoder.text(encoder.conversation(messages, [len(messages) - 1]).tokens[-READ:])
+
+    texts = [[read_part(row) for row in rows] for rows in (train, held_out)]
     model = Ridge(alpha=3.0).fit(words.fit_transform(texts[0]), [row["label"] for row in train])
     guesses_BK = torch.tensor(model.predict(words.transform(texts[1])))
     ratings_BK = torch.tensor([row["label"] for row in held_out])
@@ -90,7 +98,7 @@ def main() -> None:
     attributes, annotated, tuned = RUNS / "attributes", RUNS / "annotated.jsonl", RUNS / "tuned"
     trained = ["--loss", "regression", "--layers", "12", "--steps", "100", "--batch.examples", "40"]
     trained += ["--optimizer.warmup-steps", "5", "--eval-every", "50", "--eval-examples", "400"]
-    cut = ["--data.max-tokens", "256", "--data.too-long", "truncate"]
+    cut = ["--data.max-tokens", READ, "--data.too-long", "truncate"]
     run(attributes, "reward_model", "--data", rated, "--eval-data", held_out, *trained, *cut)
     run(annotated, "annotate", "--model", attributes, "--names", *NAMES, "--high", "10", "--data", unrated)
     labelled = write(RUNS / "labelled.jsonl", [*map(with_label, sides["rated"]), *read(annotated)])

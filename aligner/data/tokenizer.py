@@ -3,6 +3,7 @@
 No pad id is used anywhere in this library (SmolLM2's equals its end-of-sequence id): lengths say where a sequence ends.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -29,6 +30,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer in {str(folder)!r} has no eos_token; set one in tokenizer_config.json.")
     return tokenizer
+
+
+def digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of what its token ids mean: equal for two tokenizers whose tokens can be exchanged."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 class Continuation:

@@ -14,6 +14,7 @@ from aligner.data.dataset import Dataset, load
 from aligner.data.examples import Prompt
 from aligner.data.formats import PROMPTS
 from aligner.data.movie_reviews import review_prompt_rows
+from aligner.data.tokenizer import digest
 from aligner.job.config import OnlineConfig
 from aligner.job.job import Job, Logged
 from aligner.losses.shaping import shape_rewards
@@ -29,6 +30,7 @@ from aligner.rollout.scoring import Scored, sample_and_score
 from aligner.rollout.transcript import Transcript
 from aligner.run import distributed
 from aligner.run.distributed import agree
+from aligner.serving.remote import RemoteReward
 from aligner.serving.reward import RewardConfig, load_reward
 from aligner.serving.rewards import Rewards
 
@@ -43,11 +45,12 @@ def load_prompts(job: Job) -> tuple[Dataset, list[Prompt]]:
 
 
 def load_rewards(job: Job, config: RewardConfig) -> Rewards:
-    """The functions, tried on a tiny pair, on ranks that sample; the models on all. All ranks call it."""
+    """The functions, tried on a tiny pair, and served models on ranks that sample; the models on all, which call it."""
     folders = [Path(model_folder(name)) for name in config.model]
     functions = agree(lambda: [load_reward(f) for f in config.functions()] if distributed.place().leads else [])
     agree(lambda: [function.check() for function in functions])
-    count = len(config.functions()) + len(folders)
+    served = agree(lambda: _served_rewards(job, config) if distributed.place().leads else [])
+    count = len(config.functions()) + len(config.url) + len(folders)
     models = [(open_reward_model(job, folder), config.attribute_weights or (1.0,)) for folder in folders]
     for model, weights in models:
         if len(weights) != model.attributes:
@@ -55,7 +58,16 @@ def load_rewards(job: Job, config: RewardConfig) -> Rewards:
                 f"reward.attribute-weights has {len(weights)} numbers, the reward model gives {model.attributes} "
                 "attributes; give one number each."
             )
-    return Rewards(functions, models, config.weights or (1.0,) * count)
+    return Rewards(functions, models, config.weights or (1.0,) * count, served)
+
+
+def _served_rewards(job: Job, config: RewardConfig) -> list[RemoteReward]:
+    """Connected, ready and of the run's tokenizer."""
+    secrets = {"token_file": config.token_file, "authority": config.tls_ca}
+    served = [RemoteReward(url, config.attribute_weights or (1.0,), **secrets) for url in config.url]
+    for reward in served:
+        reward.check(digest(job.tokenizer))
+    return served
 
 
 def open_reward_model(job: Job, folder: Path) -> RewardModel:

@@ -21,8 +21,10 @@ RESPONSES_AT_ONCE = 8  # in one request for rewards, at least: a reward model wo
 class Reward(Protocol):
     """Who rates responses: serving.reward.RewardFunction, or a reward model."""
 
-    def submit(self, prompts: list[str], responses: list[str], metadata: list[dict]) -> Future:
-        """The future list of their rewards, one or several each."""
+    def submit(
+        self, prompts: list[str], responses: list[str], metadata: list[dict], sequences: list[list[int]]
+    ) -> Future:
+        """The future list of their rewards, one or several each. sequences: tokens of prompt and response."""
         ...
 
 
@@ -96,14 +98,16 @@ def sample_and_score(
 def _asking(talks, unfinished: dict[int, int], n: int, transcript, reward, requests) -> list[Conversation]:
     """All of the conversations; their rewards are asked for on the way, and `requests` grows."""
     ended: list[Conversation] = []
-    rows: dict[int, tuple[str, str, dict]] = {}
+    rows: dict[int, Conversation] = {}
     for talk in talks:
         ended.append(talk)
-        rows[n * talk.index + talk.sample] = _row(talk, transcript)
+        rows[n * talk.index + talk.sample] = talk
         unfinished[talk.index] -= 1
         ready = [b for b in rows if not unfinished[b // n]]
         if reward and ready and (len(ready) >= RESPONSES_AT_ONCE or not any(unfinished.values())):
-            requests.append((ready, reward.submit(*_columns([rows.pop(b) for b in ready]))))
+            texts = _columns([_row(rows[b], transcript) for b in ready])
+            sequences = [[*talk.prompt.tokens, *talk.tokens] for talk in map(rows.pop, ready)]
+            requests.append((ready, reward.submit(*texts, sequences)))
     return ended
 
 

@@ -12,10 +12,16 @@ class RewardConfig:
     function: tuple[str, ...] = ()
     """package.module:callable, which gets prompts, responses, metadata (lists) and returns one float each; several with
     commas. Without one, and without reward models, the sentiment of movie reviews."""
+    url: tuple[str, ...] = ()
+    """Served reward models: host:port of `python -m aligner.serve reward`."""
     model: tuple[str, ...] = ()
     """Reward models: folders of runs of aligner.reward_model, or of Hugging Face sequence classifiers."""
+    token_file: str = ""
+    """File with the secret of the served reward models."""
+    tls_ca: str = ""
+    """PEM file of the certificates that theirs are signed by; with it connections are encrypted."""
     weights: tuple[float, ...] = ()
-    """Of the functions, then of the models, in their sum; without any, all 1."""
+    """Of the functions, then of the served models, then of the models, in their sum; without any, all 1."""
     attribute_weights: tuple[float, ...] = ()
     """Of the attributes of a reward model that gives several."""
     mean: float = 0.0
@@ -28,14 +34,14 @@ class RewardConfig:
     """Then taken from responses that reached the length limit."""
 
     def __post_init__(self):
-        sources = len(self.function) + len(self.model) or 1
+        sources = len(self.function) + len(self.model) + len(self.url) or 1
         if self.weights and len(self.weights) != sources:
             raise ValueError(f"reward.weights has {len(self.weights)} numbers for {sources} rewards; give one each.")
         if self.std <= 0 or (self.clip is not None and self.clip <= 0):
             raise ValueError(f"reward.std and reward.clip must be above 0, got {self.std} and {self.clip}.")
 
     def functions(self) -> tuple[str, ...]:
-        return self.function if self.function or self.model else (DEFAULT_REWARD,)
+        return self.function if self.function or self.model or self.url else (DEFAULT_REWARD,)
 
 
 DEFAULT_REWARD = "aligner.serving.sentiment:PositiveReview"

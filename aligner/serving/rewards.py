@@ -1,4 +1,4 @@
-"""What a run's responses are worth: callables and reward models, each with a weight."""
+"""What a run's responses are worth: callables and reward models, here or served, each with a weight."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,15 +8,18 @@ from torch import Tensor
 
 from aligner.data.batch import Rollout, SupervisedBatch
 from aligner.models.reward_model import RewardModel
+from aligner.serving.remote import RemoteReward
 from aligner.serving.reward import RewardFunction
+
+AT_ONCE = 8  # requests to served reward models
 
 
 class Rewards:
-    """A weighted sum of rewards; functions are asked while others are still sampled, models once all are there.
+    """A weighted sum of rewards; functions and served models are asked while others are sampled, models here after it.
 
-    functions: on the ranks that sample; empty on the others.
+    functions, served: on the ranks that sample; empty on the others.
     models: on all ranks, each with the weights of its attributes.
-    weights: of the functions, then of the models.
+    weights: of the functions, then of the served models, then of the models here.
     """
 
     def __init__(
@@ -24,33 +27,43 @@ class Rewards:
         functions: Sequence[RewardFunction],
         models: Sequence[tuple[RewardModel, Sequence[float]]],
         weights: Sequence[float],
+        served: Sequence[RemoteReward] = (),
     ):
         self.functions, self.models, self.weights = list(functions), list(models), torch.tensor(list(weights))
+        self.served = list(served)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
+        self._callers = ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="served-rewards")
 
-    def submit(self, prompts: list[str], responses: list[str], metadata: list[dict]) -> Future:
-        """The future list of what every function gives to each response, a list."""
-        return self._worker.submit(self._score, prompts, responses, metadata)
+    def submit(
+        self, prompts: list[str], responses: list[str], metadata: list[dict], sequences: list[list[int]]
+    ) -> Future:
+        """The future list of what functions and served models give to each response, a list.
 
-    def _score(self, prompts: list[str], responses: list[str], metadata: list[dict]) -> list[list[float]]:
+        sequences: tokens of prompt and response.
+        """
+        called = [self._callers.submit(served.score, sequences) for served in self.served]
+        return self._worker.submit(self._score, prompts, responses, metadata, called)
+
+    def _score(self, prompts: list[str], responses: list[str], metadata: list[dict], called) -> list[list[float]]:
         columns = [function.score(prompts, responses, metadata) for function in self.functions]
+        columns += [future.result() for future in called]
         return [[column[i] for column in columns] for i in range(len(responses))]
 
     def total(self, given_BF: Tensor, rollout: Rollout) -> Tensor:
         """The sum, (B,) float32, reward units; all ranks call it.
 
-        given_BF: (B, F) float32, reward units, what the functions gave.
+        given_BF: (B, F) float32, reward units, what functions and served models gave.
         """
         columns = [*given_BF.unbind(1)]
         if self.models:
-            batch = last_tokens(rollout)
+            batch = last_tokens(rollout.tokens_N, rollout.cu_seqlens)
             last = rollout.cu_seqlens[1:].long() - 1
             columns += [model.infer(batch)[last] @ torch.tensor(list(weights)) for model, weights in self.models]
         return torch.stack(columns, 1) @ self.weights
 
 
-def last_tokens(rollout: Rollout) -> SupervisedBatch:
-    """The rollout's sequences with the mask on the last token of each: what a reward model reads."""
-    mask_N = torch.zeros_like(rollout.action_mask_N)
-    mask_N[rollout.cu_seqlens[1:].long() - 1] = True
-    return SupervisedBatch(tokens_N=rollout.tokens_N, cu_seqlens=rollout.cu_seqlens, action_mask_N=mask_N)
+def last_tokens(tokens_N: Tensor, cu_seqlens: Tensor) -> SupervisedBatch:
+    """Sequences with the mask on the last token of each: what a reward model reads."""
+    mask_N = torch.zeros(len(tokens_N), dtype=torch.bool)
+    mask_N[cu_seqlens[1:].long() - 1] = True
+    return SupervisedBatch(tokens_N=tokens_N, cu_seqlens=cu_seqlens, action_mask_N=mask_N)

@@ -125,7 +125,7 @@ def varied(program: Program, variation: str, **options) -> Program:
 
 VARIATIONS = [
     varied(PPO, "controller", kl_target=0.01, kl_horizon=20, critic_warmup_steps=1, reward__clip=0.5),
-    varied(PPO, "judged", reward__model="{folder}/judge", reward__weights=(1.0, 0.5)),
+    varied(PPO, "judged", reward__model="{folder}/reward", reward__weights=(1.0, 0.5)),
     Program(
         "grpo", "prompts", TRUE_OR_FALSE | {"dynamic-sampling": 3, "overlong-buffer": 2, "kl-coef": 0}, variation="dapo"
     ),
@@ -162,7 +162,7 @@ def prepare(folder: Path) -> Path:
     for kind in {program.kind for program in PROGRAMS}:
         write(folder / f"{kind}.jsonl", rows(kind))
     judge = {"model": folder / "model", "data": folder / "pairs.jsonl", "steps": 2, "batch.examples": 4}
-    runs.run("reward_model", folder / "judge", judge | {"optimizer.lr": 1e-2})
+    runs.run("reward_model", folder / "reward", judge | {"optimizer.lr": 1e-2})
     return folder
 
 

@@ -199,7 +199,7 @@ def test_without_an_environment_it_is_one_response(talker: Talker):
 def test_the_reward_is_told_the_turns(talker: Talker):
     seen = []
 
-    def score(prompts, responses, metadata):
+    def score(prompts, responses, metadata, sequences):
         seen.extend(zip(prompts, responses, metadata, strict=True))
         return [float(len(m.get("turns", [""]))) for m in metadata]
 

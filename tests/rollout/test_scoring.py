@@ -27,10 +27,11 @@ def test_rewards_belong_to_their_responses(tiny_llama: Path, n: int):
     prompts = prompts_of(transcript.tokenizer, [f"A film number {i}" for i in range(30)])
     sampler = NativeSampler.from_pretrained(tiny_llama)
     sampling = Sampling(max_tokens=40, seed=3, stop=transcript.stop)
-    requests, live = [], []
+    requests, live, told = [], [], []
 
-    def score(texts, responses, metadata):
+    def score(texts, responses, metadata, sequences):
         requests.append(metadata)
+        told.extend(sequences)
         return [len(r) + 1000 * m["i"] for r, m in zip(responses, metadata, strict=True)]
 
     with ThreadPoolExecutor(max_workers=1) as worker:
@@ -48,7 +49,9 @@ def test_rewards_belong_to_their_responses(tiny_llama: Path, n: int):
         assert all(ids.count(i) == n for i in ids)  # whole prompts
     whole = sampler.generate([list(p.tokens) for p in prompts], sampling, n)
     assert torch.equal(whole.tokens_N, scored.rollout.tokens_N)
-    texts = [transcript.decode(ids) for _, ids in response_tokens(whole)]
+    both = [(prompt, ids) for prompt, ids in response_tokens(whole)]
+    texts = [transcript.decode(ids) for _, ids in both]
+    assert sorted(told) == sorted([*prompt, *ids] for prompt, ids in both)
     assert texts == scored.texts[1]
     assert rewards_B.tolist() == [len(text) + 1000 * (b // n) for b, text in enumerate(texts)]
 

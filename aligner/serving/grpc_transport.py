@@ -1,0 +1,158 @@
+"""Services over plain gRPC: named arrays in one frame, a shared secret, TLS, deadlines.
+
+A frame is 4 bytes, little-endian: the length of a JSON list of [name, dtype, shape]; the list; the arrays' bytes in its
+order. Nothing in it is executed: no pickle.
+"""
+
+import hmac
+import json
+import math
+import struct
+import sys
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+import grpc
+import numpy as np
+
+from aligner.serving.service import Arrays, Code, Service, ServiceError, expect
+
+MAX_BYTES = 256 << 20
+THREADS = 32  # calls that wait at once; each holds one
+LONGEST_S = 600.0  # of a call without a deadline of its own
+DTYPES = ("int32", "int64", "float32", "float64", "bool", "str")
+PATH = "aligner"  # of a method: /aligner/<endpoint>
+STATUS_OF = {
+    Code.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Code.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Code.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Code.FAILED: grpc.StatusCode.INTERNAL,
+}
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_BYTES),
+    ("grpc.max_send_message_length", MAX_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+]
+
+
+def to_frame(arrays: Arrays) -> bytes:
+    """The bytes of named arrays; texts are arrays of no dimension."""
+    header, parts = [], []
+    for name, array in arrays.items():
+        data = array.item().encode() if array.dtype.kind == "U" else np.ascontiguousarray(array).tobytes()
+        header.append([name, "str" if array.dtype.kind == "U" else array.dtype.name, [*array.shape, len(data)]])
+        parts.append(data)
+    words = json.dumps(header).encode()
+    return b"".join([struct.pack("<I", len(words)), words, *parts])
+
+
+def from_frame(frame: bytes) -> Arrays:
+    """The named arrays, which share the frame's memory. Raises ServiceError INVALID when it is no frame."""
+    try:
+        (length,) = struct.unpack_from("<I", frame)
+        header, position, arrays = json.loads(frame[4 : 4 + length]), 4 + length, {}
+        for name, dtype, (*shape, num) in header:
+            expect(dtype in DTYPES and min(shape, default=0) >= 0 and num >= 0, f"{name} is {dtype} {shape}")
+            data, position = frame[position : position + num], position + num
+            if dtype == "str":
+                arrays[str(name)] = np.array(data.decode())
+            else:
+                arrays[str(name)] = np.frombuffer(data, dtype, count=math.prod(shape)).reshape(shape)
+                expect(arrays[str(name)].nbytes == num, f"{name} has {num} bytes for {dtype} {shape}")
+    except (ValueError, TypeError, KeyError, struct.error, RecursionError) as error:
+        raise ServiceError(Code.INVALID, f"not a frame of named arrays ({type(error).__name__}).") from None
+    expect(position == len(frame), f"the frame has {len(frame)} bytes, its arrays end at {position}")
+    return arrays
+
+
+def serve(
+    service: Service,
+    endpoints: Sequence[str],
+    *,
+    host: str,
+    port: int,
+    token: str = "",
+    tls: tuple[bytes, bytes] | None = None,
+) -> tuple[grpc.Server, int]:
+    """A started server and its port.
+
+    token: that callers must show; empty lets everybody. tls: PEM bytes of (private key, certificate chain).
+    Raises ValueError when it cannot listen there.
+    """
+
+    def answer(endpoint: str, frame: bytes, context: grpc.ServicerContext) -> bytes:
+        future: Future | None = None
+        try:
+            shown = dict(context.invocation_metadata()).get("authorization", "")
+            if token and not hmac.compare_digest(shown.encode(), f"Bearer {token}".encode()):
+                raise ServiceError(Code.UNAUTHENTICATED, "the token is missing or wrong.")
+            future = service.call(endpoint, from_frame(frame))
+            context.add_callback(future.cancel)  # whoever hung up is not answered
+            return to_frame(future.result(min(context.time_remaining() or LONGEST_S, LONGEST_S)))
+        except ServiceError as error:
+            code, words = error.code, str(error)
+        except FutureTimeoutError:
+            future.cancel()
+            code, words = Code.DEADLINE, "not answered in time."
+        except CancelledError:
+            code, words = Code.UNAVAILABLE, "the call was given up."
+        except Exception:  # gRPC would send what it says to the caller
+            print(traceback.format_exc(), file=sys.stderr, flush=True)
+            code, words = Code.FAILED, "the service failed; its log says why."
+        context.abort(STATUS_OF[code], f"{code.value}: {words}")
+
+    methods = {
+        name: grpc.unary_unary_rpc_method_handler(lambda frame, context, name=name: answer(name, frame, context))
+        for name in endpoints
+    }
+    pool = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="grpc")
+    # Without SO_REUSEPORT a second server on the port is an error, not a rival.
+    server = grpc.server(pool, options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(PATH, methods),))
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if tls:
+            bound = server.add_secure_port(address, grpc.ssl_server_credentials([tls]))
+        else:
+            bound = server.add_insecure_port(address)
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise ValueError(f"cannot listen on {address}; the port is in use or the address is not this machine's.")
+    server.start()
+    return server, bound
+
+
+class Connection:
+    """Calls of one service; any thread may make them.
+
+    address: host:port. token: of the service; empty for none. authority: PEM bytes of the certificates to trust, which
+        also ask for TLS; None connects in the clear.
+    """
+
+    def __init__(self, address: str, *, token: str = "", authority: bytes | None = None):
+        if authority is None:
+            self._channel = grpc.insecure_channel(address, OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authority), OPTIONS)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+
+    def call(self, endpoint: str, request: Arrays, deadline_s: float) -> Arrays:
+        """The reply. Raises ServiceError."""
+        method = self._channel.unary_unary(f"/{PATH}/{endpoint}")
+        try:
+            return from_frame(method(to_frame(request), timeout=deadline_s, metadata=self._metadata))
+        except grpc.RpcError as error:
+            words, status = error.details() or "", error.code()
+        code = next((code for code, known in STATUS_OF.items() if known is status), Code.FAILED)
+        raise ServiceError(code, words.removeprefix(f"{code.value}: ") or status.name)
+
+    def close(self) -> None:
+        self._channel.close()

@@ -1,0 +1,125 @@
+"""A reward model as a service: requests of many callers, answered in batches by a group of ranks."""
+
+import queue
+import sys
+import threading
+import time
+from concurrent.futures import Future
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from aligner.models.reward_model import RewardModel
+from aligner.run.distributed import gather, is_main
+from aligner.serving.rewards import last_tokens
+from aligner.serving.service import REWARD, STATUS, Arrays, Code, Limits, Sequences, ServiceError, ServiceStatus, expect
+
+BEAT_S = 1.0  # an idle group meets that often: no process group times out, and a wish to stop reaches all ranks
+
+
+class RewardService:
+    """All ranks make it and call run(); the first one takes requests meanwhile, from any thread.
+
+    tokenizer: digest of the model's. limits: of a request; about as many tokens are answered at once. queue_size:
+    requests that may wait.
+    """
+
+    def __init__(self, model: RewardModel, tokenizer: str, limits: Limits, queue_size: int):
+        self.model, self._tokenizer, self._limits = model, tokenizer, limits
+        self._waiting: queue.Queue[tuple[Sequences, Future]] = queue.Queue(queue_size)
+        self._next: tuple[Sequences, Future] | None = None  # did not fit into the batch before
+        self._beat = time.monotonic()
+        self._draining = threading.Event()
+
+    def call(self, endpoint: str, request: Arrays) -> Future:
+        """As of serving.service.Service."""
+        future: Future = Future()
+        if endpoint == STATUS:
+            future.set_result(self.status().arrays())
+            return future
+        expect(endpoint == REWARD, f"there is no endpoint {endpoint!r}, expected {REWARD} or {STATUS}")
+        sequences = Sequences.of(request, self._limits)
+        if self._draining.is_set():
+            raise ServiceError(Code.UNAVAILABLE, "the service is about to stop.")
+        try:
+            self._waiting.put_nowait((sequences, future))
+        except queue.Full:
+            raise ServiceError(Code.BUSY, f"{self._waiting.maxsize} requests wait already.") from None
+        return future
+
+    def status(self) -> ServiceStatus:
+        return ServiceStatus(
+            kind="reward",
+            vocabulary=self._limits.vocabulary,
+            tokenizer=self._tokenizer,
+            attributes=self.model.attributes,
+            request_tokens=self._limits.tokens,
+            context=self._limits.context,
+            weights_version=0,
+            queue=self._waiting.qsize(),
+            beat_age_s=time.monotonic() - self._beat,
+            draining=self._draining.is_set(),
+        )
+
+    def run(self, stop: threading.Event) -> None:
+        """Answers until `stop` is set on any rank and nothing waits; the only code that runs collectives."""
+        while True:
+            work = self._take() if is_main() else []
+            batch = Sequences.join([request for request, _ in work]) if work else None
+            batch, leave = _from_first_rank((batch, self._draining.is_set() and not work))
+            if leave:
+                return
+            try:
+                scores_BK = self._answer(batch, stop)
+            except Exception as error:  # of any rank: these requests fail, the next ones may not
+                print(f"error: a batch of {len(work)} requests failed: {error}", file=sys.stderr, flush=True)
+                for _, future in work:
+                    future.set_exception(ServiceError(Code.FAILED, "the reward model failed; its log says why."))
+                continue
+            self._beat = time.monotonic()
+            for request, future in work:
+                num = len(request.cu_seqlens) - 1
+                future.set_result({"rewards_BK": scores_BK[:num], "weights_version": np.array(0)})
+                scores_BK = scores_BK[num:]
+
+    def _answer(self, batch: Sequences | None, stop: threading.Event) -> np.ndarray | None:
+        """(B, K) float32 on all ranks, which also tell each other whether one of them is to stop."""
+        scores_BK = None
+
+        def score() -> bool:
+            nonlocal scores_BK
+            if batch is not None:
+                packed = last_tokens(torch.from_numpy(batch.tokens_N), torch.from_numpy(batch.cu_seqlens).int())
+                scores_BK = self.model.infer(packed)[packed.cu_seqlens[1:].long() - 1].numpy()
+            return stop.is_set()
+
+        if any(gather(score)):
+            self._draining.set()
+        return scores_BK
+
+    def _take(self) -> list[tuple[Sequences, Future]]:
+        """Waiting requests of about request_tokens tokens; the first one that comes within a beat, else none."""
+        taken, tokens = [], 0
+        while True:
+            try:
+                wait = not taken and not self._draining.is_set()
+                request, future = self._next or self._waiting.get(block=wait, timeout=BEAT_S)
+            except queue.Empty:
+                return taken
+            self._next = None
+            if taken and tokens + len(request.tokens_N) > self._limits.tokens:
+                self._next = request, future
+                return taken
+            if future.set_running_or_notify_cancel():  # else its caller has gone
+                taken.append((request, future))
+                tokens += len(request.tokens_N)
+
+
+def _from_first_rank(value):
+    """What rank 0 gives, on all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]

@@ -1,0 +1,288 @@
+"""The contract and its transport: frames, checks, secrets, TLS, deadlines, callers that try again."""
+
+import json
+import pickle
+import struct
+import threading
+import time
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from aligner.serving import grpc_transport
+from aligner.serving.grpc_transport import Connection, from_frame, to_frame
+from aligner.serving.remote import Patience, RemoteReward
+from aligner.serving.service import REWARD, STATUS, Code, Limits, Sequences, ServiceError, ServiceStatus
+
+LIMITS = Limits(vocabulary=100, context=6, tokens=12)
+STATE = ServiceStatus(
+    kind="reward",
+    vocabulary=100,
+    tokenizer="the same",
+    attributes=2,
+    request_tokens=12,
+    context=6,
+    weights_version=0,
+    queue=0,
+    beat_age_s=0.5,
+    draining=False,
+)
+SECRET = "0123456789abcdef0123456789abcdef"
+NUMBERS = st.sampled_from(["int32", "int64", "float32", "float64", "bool"]).flatmap(
+    lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
+)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).map(np.array)
+
+
+@given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), NUMBERS | TEXTS, max_size=4))
+def test_frames_give_back_what_was_put_in(named):
+    back = from_frame(to_frame(named))
+    assert list(back) == list(named)
+    for name, array in named.items():
+        assert back[name].dtype.kind == array.dtype.kind and back[name].shape == array.shape
+        assert back[name].tobytes() == array.tobytes()
+
+
+def framed(header: object, data: bytes = b"") -> bytes:
+    words = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<I", len(words)) + words + data
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\xff\xff\xff\xff",
+        framed(b"{"),
+        framed(b"[" * 100_000),
+        framed([["x"]]),
+        framed([["x", "int64", [2, 8]]], bytes(8)),
+        framed([["x", "int64", [1, 16]]], bytes(16)),
+        framed([["x", "int64", [-1, 8]]], bytes(8)),
+        framed([["x", "int64", [1.5, 8]]], bytes(8)),
+        framed([["x", "int64", [1, 8]]], bytes(9)),
+        framed([["x", "object", [1, 8]]], bytes(8)),
+        framed([["x", "str", [1]]], b"\xff"),
+        pickle.dumps({"x": 1}),
+        to_frame({"x": np.arange(5)})[:-1],
+    ],
+)
+def test_what_is_no_frame_is_refused(frame: bytes):
+    with pytest.raises(ServiceError) as error:
+        from_frame(frame)
+    assert error.value.code is Code.INVALID
+
+
+@given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=6), min_size=1, max_size=2))
+def test_sequences_are_packed_and_joined(sequences):
+    packed = [Sequences.of(Sequences.pack(part).arrays(), LIMITS) for part in (sequences, sequences[:1])]
+    joined, whole = Sequences.join(packed), [*sequences, *sequences[:1]]
+    assert [x.tolist() for x in np.split(joined.tokens_N, joined.cu_seqlens[1:-1])] == whole
+    assert joined.cu_seqlens.tolist() == np.cumsum([0, *map(len, whole)]).tolist()
+
+
+def request(tokens, ends, dtype="int32") -> dict:
+    return {"tokens_N": np.array(tokens, dtype), "cu_seqlens": np.array(ends, dtype)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({}, r"got \[\], expected tokens_N and cu_seqlens"),
+        (request([1], [0, 1]) | {"x": np.array(1)}, "got .*'x'"),
+        (request([1.0], [0, 1], "float32"), "tokens_N is float32"),
+        (request([[1]], [0, 1]), r"tokens_N is int32 of shape \(1, 1\)"),
+        (request([], [0]), "cu_seqlens does not begin"),
+        (request([1], [1, 1]), "cu_seqlens does not begin"),
+        (request([1, 2], [0, 1]), "cu_seqlens ends with 1, but tokens_N has 2 tokens"),
+        (request([1, 2], [0, 2, 2]), "every sequence needs a token"),
+        (request([1, 2], [0, 3, 2]), "every sequence needs a token"),
+        (request([1] * 7, [0, 7]), "the longest sequence has 7 tokens, the model's context is 6"),
+        (request([1] * 13, [0, 6, 12, 13]), "got 13 tokens, a request may have 12"),
+        (request([1, 100], [0, 2]), "ids from 1 to 100, expected 0 to 99"),
+        (request([-1, 3], [0, 2]), "ids from -1 to 3"),
+    ],
+)
+def test_requests_that_ask_for_too_much_or_make_no_sense(asked: dict, words: str):
+    with pytest.raises(ServiceError, match=words) as error:
+        Sequences.of(asked, LIMITS)
+    assert error.value.code is Code.INVALID
+
+
+class Sums:
+    """Two rewards a response, the sum and the number of its tokens; `faults` come first, one a call."""
+
+    def __init__(self, *faults):
+        self.faults, self.calls, self.futures = list(faults), [], []
+
+    def call(self, endpoint: str, asked: dict) -> Future:
+        future: Future = Future()
+        self.futures.append(future)
+        if endpoint == STATUS:
+            future.set_result(STATE.arrays())
+            return future
+        self.calls.append(asked)
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, Exception):
+            raise fault
+        if fault == "silence":
+            return future
+        sequences = Sequences.of(asked, LIMITS)
+        parts = np.split(sequences.tokens_N, sequences.cu_seqlens[1:-1])
+        rewards = np.array([[part.sum(), len(part)] for part in parts], np.float32)
+        future.set_result({"rewards_BK": rewards, "weights_version": np.array(0)})
+        return future
+
+
+@pytest.fixture
+def served():
+    """serve(service, **options) -> address."""
+    servers = []
+
+    def serve(service, port: int = 0, **options) -> str:
+        server, bound = grpc_transport.serve(service, (REWARD, STATUS), host="127.0.0.1", port=port, **options)
+        servers.append(server)
+        return f"127.0.0.1:{bound}"
+
+    serve.stop = lambda: servers.pop().stop(0).wait()
+    yield serve
+    for server in servers:
+        server.stop(0).wait()
+
+
+QUICK = Patience(deadline_s=0.5, total_s=8.0, start_s=8.0)
+
+
+def remote(address: str, *, patience: Patience = QUICK, weights=(1.0, 0.0), **options) -> RemoteReward:
+    reward = RemoteReward(address, weights, patience=patience, **options)
+    reward.check("the same")
+    return reward
+
+
+def test_a_served_reward_is_the_weighted_sum_of_its_attributes(served):
+    service = Sums()
+    reward = remote(served(service), weights=(0.5, 10.0))
+    assert reward.score([[1, 2], [3], [4, 5, 6, 7, 8, 9], [1, 1, 1, 1]]) == [21.5, 11.5, 79.5, 42.0]
+    assert [len(asked["tokens_N"]) for asked in service.calls] == [9, 4]  # requests of at most 12 tokens
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [ServiceError(Code.BUSY, "full."), ServiceError(Code.UNAVAILABLE, "leaving."), "silence"],
+    ids=["busy", "leaving", "silence"],
+)
+def test_what_may_help_is_tried_again(served, fault):
+    service = Sums(fault, fault)
+    assert remote(served(service)).score([[1, 2]]) == [3.0]
+    assert len(service.calls) == 3
+    if fault == "silence":  # whoever has hung up is not worked for
+        assert [future.cancelled() for future in service.futures[1:3]] == [True, True]
+
+
+def test_a_service_that_starts_later_or_again_is_found(served):
+    address = served(Sums())
+    port = int(address.rpartition(":")[2])
+    reward = remote(address)
+    served.stop()
+    timer = threading.Timer(1.0, served, (Sums(), port))
+    timer.start()
+    assert reward.score([[1, 2], [50]]) == [3.0, 50.0]
+    timer.join()
+
+
+def test_a_service_that_stays_away_is_named(served):
+    address = served(Sums())
+    reward = remote(address, patience=Patience(deadline_s=0.2, total_s=1.0))
+    served.stop()
+    began = time.monotonic()
+    with pytest.raises(
+        ValueError, match=rf"reward model at {address} has not answered since \d\d:\d\d:\d\d \(\d tries"
+    ):
+        reward.score([[1]])
+    assert time.monotonic() - began < 5
+    with pytest.raises(ValueError, match="check that `python -m aligner.serve reward` runs there"):
+        remote(address, patience=Patience(start_s=0.5))
+
+
+def test_what_the_service_refuses_is_told_at_once(served):
+    service = Sums(ServiceError(Code.INVALID, "no such thing."), RuntimeError("secret path /home/x"))
+    reward = remote(served(service))
+    with pytest.raises(ValueError, match=r"refused: no such thing\. \(INVALID\)"):
+        reward.score([[1]])
+    with pytest.raises(ValueError, match="refused: the service failed; its log says why") as error:
+        reward.score([[1]])  # what went wrong inside stays there
+    assert "secret" not in str(error.value) and len(service.calls) == 2
+
+
+def test_nan_is_not_a_reward(served, monkeypatch):
+    reward = remote(served(Sums()))
+    monkeypatch.setattr(np, "split", lambda *a: [np.array([np.nan])])
+    with pytest.raises(ValueError, match="not finite"):
+        reward.score([[1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tokenizer": "another"}, "has another tokenizer than the model"),
+        ({"kind": "critic"}, "serves a critic, expected a reward model"),
+        ({"attributes": 3}, "has 2 numbers, the reward model at .* gives 3 attributes"),
+    ],
+)
+def test_a_service_that_does_not_fit_is_refused(served, monkeypatch, change: dict, words: str):
+    monkeypatch.setitem(globals(), "STATE", ServiceStatus(**vars(STATE) | change))
+    with pytest.raises(ValueError, match=words):
+        remote(served(Sums()))
+
+
+def test_callers_without_the_secret_are_refused(served, tmp_path):
+    service = Sums()
+    address = served(service, token=SECRET)
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.write_text(SECRET + "\n")
+    wrong.write_text(SECRET.upper())
+    assert remote(address, token_file=str(right)).score([[7]]) == [7.0]
+    for options in ({}, {"token_file": str(wrong)}):
+        with pytest.raises(ValueError, match=r"the token is missing or wrong\. \(UNAUTHENTICATED\); give --reward"):
+            remote(address, **options)
+    assert len(service.futures) == 2  # nothing of theirs came through
+    with pytest.raises(ValueError, match="--reward.token-file '.*' cannot be read"):
+        remote(address, token_file=str(tmp_path / "none"))
+    wrong.write_text("short")
+    with pytest.raises(ValueError, match="holds no token of 16 or more printable characters"):
+        remote(address, token_file=str(wrong))
+
+
+def test_tls(served, tmp_path):
+    ours, others = trustme.CA(), trustme.CA()
+    certificate = ours.issue_cert("127.0.0.1")
+    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
+    address = served(Sums(), tls=(certificate.private_key_pem.bytes(), chain), token=SECRET)
+    secret = tmp_path / "secret"
+    secret.write_text(SECRET)
+    for name, authority in (("ours", ours), ("others", others)):
+        authority.cert_pem.write_to_path(tmp_path / name)
+    reward = remote(address, token_file=str(secret), authority=str(tmp_path / "ours"))
+    assert reward.score([[7]]) == [7.0]
+    for options in ({"authority": str(tmp_path / "others")}, {}):
+        with pytest.raises(ValueError, match="has not answered since"):
+            remote(address, token_file=str(secret), patience=Patience(start_s=0.5), **options)
+
+
+def test_a_port_in_use(served):
+    address = served(Sums())
+    with pytest.raises(ValueError, match=f"cannot listen on {address}; the port is in use"):
+        served(Sums(), int(address.rpartition(":")[2]))
+
+
+def test_statuses_come_through(served):
+    connection = Connection(served(Sums()))
+    assert ServiceStatus.of(connection.call(STATUS, {}, 5.0)) == STATE
+    with pytest.raises(ServiceError) as error:
+        connection.call("no_such_endpoint", {}, 5.0)
+    assert error.value.code is Code.FAILED
