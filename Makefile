@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup ppo test test-unit test-distributed-full test-gpu lint format bench frontier curves steerlm reasoning clean
+.PHONY: setup ppo test test-unit test-distributed-full test-gpu lint format bench frontier curves steerlm reasoning constitutional clean
 
 setup: .venv/.installed
 
@@ -28,7 +28,7 @@ test-unit: setup
 
 # More layouts, up to 8 processes.
 test-distributed-full: setup
-	$(BIN)/python -m pytest tests/distributed -m full
+	$(BIN)/python -m pytest tests/distributed tests/programs -m full
 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp csrc/engine/*.h csrc/engine/*.cpp bindings/engine/*.cpp tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
 
@@ -66,6 +66,11 @@ steerlm: setup
 reasoning: setup
 	$(PIP) reasoning-gym==0.1.25
 	$(BIN)/python benchmarks/reasoning.py
+
+# Critique, revision, feedback, reward model and PPO from one model.
+constitutional: setup
+	$(PIP) --no-deps chitchat-dataset==0.9.0
+	$(BIN)/python benchmarks/constitutional.py
 
 clean:
 	rm -rf .venv build *.egg-info aligner/_C.so aligner/_engine*.so

@@ -105,7 +105,7 @@ PROGRAMS = [
     Program(
         "ppo",
         "prompts",
-        {"critic.layers": 1, "batch.minibatch-sequences": 4, "batch.epochs": 2},
+        {"critic.layers": 2, "batch.minibatch-sequences": 4, "batch.epochs": 2},
         trained=("policy.", "critic."),
     ),
     Program("grpo", "prompts", {"batch.minibatch-sequences": 4}),
@@ -158,7 +158,7 @@ VARIATIONS = [
 def prepare(folder: Path) -> Path:
     """A model and data of every kind."""
     save_bandit(folder / "model", num_hidden_layers=2)
-    save_bandit(folder / "teacher", num_hidden_layers=1)
+    save_bandit(folder / "teacher", num_hidden_layers=2, intermediate_size=96)
     for kind in {program.kind for program in PROGRAMS}:
         write(folder / f"{kind}.jsonl", rows(kind))
     judge = {"model": folder / "model", "data": folder / "pairs.jsonl", "steps": 2, "batch.examples": 4}

@@ -22,6 +22,12 @@ LAYOUTS = {  # options and LoRA's rank
     "tensor-lora": ({"parallel.tensor": 2}, 4),
     "data": ({}, 0),
 }
+MORE_LAYOUTS = {
+    "pipeline": ({"parallel.pipeline": 2}, 0),
+    "context": ({"parallel.context": 2}, 4),
+    "sequence": ({"parallel.tensor": 2, "parallel.sequence": True, "parallel.recompute": "full"}, 4),
+    "distributed-optimizer": ({"parallel.distributed-optimizer": True}, 0),
+}
 MORE = STEPS + 2  # steps of the runs in one process
 OF_THE_LAYOUT = ("padding/", "sampler_gap/")  # what a layout may change: shares of padding, and rounding alone
 every_program = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.title)
@@ -47,10 +53,14 @@ def alone(folder: Path) -> dict[tuple[str, int], Path]:
 @pytest.fixture(scope="module")
 def together(folder: Path) -> Path:
     """Every program in two processes, in each layout."""
+    return in_two_processes(folder, LAYOUTS)
+
+
+def in_two_processes(folder: Path, layouts: dict) -> Path:
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        mp.start_processes(every.run, (2, folder, LAYOUTS), nprocs=2, start_method="forkserver")
+        mp.start_processes(every.run, (2, folder, layouts), nprocs=2, start_method="forkserver")
     finally:
         os.environ["OMP_NUM_THREADS"] = threads or "2"
     return folder
@@ -80,12 +90,30 @@ def check_close(rows: list[dict], wanted: list[dict]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_program
 def test_two_processes_train_as_one_does(program: Program, layout: str, alone, together):
-    two, one = together / f"{layout}-{program.name}", alone[program.name, LAYOUTS[layout][1]]
+    check_two(program, together / f"{layout}-{program.title}", alone[program.title, LAYOUTS[layout][1]])
+
+
+def check_two(program: Program, two: Path, one: Path) -> None:
+    """A run in two processes and one in one."""
     assert [row["step"] for row in metrics(two)] == list(range(STEPS + 1))
     check_close(metrics(two), metrics(one)[: STEPS + 1])
     if program.online:
         said = [[row["response"] for row in samples(done) if row["step"] <= STEPS] for done in (two, one)]
         assert said[0] == said[1] and len(set(said[0])) > 8
+
+
+@pytest.fixture(scope="module")
+def more(folder: Path) -> Path:
+    return in_two_processes(folder, MORE_LAYOUTS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", MORE_LAYOUTS)
+@pytest.mark.parametrize("program", [*PROGRAMS, *VARIATIONS], ids=lambda program: program.title)
+def test_more_layouts(program: Program, layout: str, alone, more):
+    rank = MORE_LAYOUTS[layout][1]
+    if not program.variation or not rank:  # variations are trained with all weights
+        check_two(program, more / f"{layout}-{program.title}", alone[program.title, rank])
 
 
 @every_program
@@ -130,11 +158,7 @@ def test_options_are_not_forgotten_in_a_resumed_run(program: Program, folder: Pa
 @pytest.mark.parametrize("layout", [name for name, (_, rank) in LAYOUTS.items() if not rank])
 @every_variation
 def test_options_mean_the_same_in_two_processes(program: Program, layout: str, folder: Path, alone, together):
-    two, one = together / f"{layout}-{program.title}", alone[program.title, 0]
-    check_close(metrics(two), metrics(one)[: STEPS + 1])
-    if program.online:
-        said = [[row["response"] for row in samples(done) if row["step"] <= STEPS] for done in (two, one)]
-        assert said[0] == said[1] and len(set(said[0])) > 8
+    check_two(program, together / f"{layout}-{program.title}", alone[program.title, 0])
 
 
 def test_the_variations_do_something(folder: Path, alone):
