@@ -2,15 +2,17 @@
 
 import json
 import pickle
+import socket
 import struct
 import threading
 import time
 from concurrent.futures import Future
 
+import grpc
 import numpy as np
 import pytest
 import trustme
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -286,3 +288,30 @@ def test_statuses_come_through(served):
     with pytest.raises(ServiceError) as error:
         connection.call("no_such_endpoint", {}, 5.0)
     assert error.value.code is Code.FAILED
+
+
+def test_garbage_is_refused_and_the_server_lives_on(served):
+    service = Sums()
+    address = served(service)
+    host, port = address.rsplit(":", 1)
+    channel = grpc.insecure_channel(address)
+
+    @given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda data: to_frame(request([1], [0, 1])) + data))
+    @settings(max_examples=100, deadline=None)
+    def frames(frame: bytes):
+        try:
+            channel.unary_unary(f"/aligner/{REWARD}")(frame, timeout=5)
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert error.details().startswith("INVALID: ")
+
+    frames()
+    for path in ("/aligner/reward_v0", "/other/reward_v1"):
+        with pytest.raises(grpc.RpcError) as error:
+            channel.unary_unary(path)(b"", timeout=5)
+        assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + bytes(200), bytes(1000)):
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall(garbage)
+    channel.close()
+    assert remote(address).score([[1, 2]]) == [3.0]
