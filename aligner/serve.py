@@ -2,7 +2,7 @@
 
 Runs of the online programs, on this machine or on others, ask it with `--reward.url host:port`; docs/serving.md has the
 contract. `python -m aligner.serve status host:port` says whether it is ready, and what it serves.
-It ends with status 0 after SIGTERM or Ctrl-C, once what waits is answered, and with another one whenever else it ends.
+Its ranks end with status 0 after SIGTERM or Ctrl-C of one, once what waits is answered; with another one whenever else.
 """
 
 import signal
@@ -14,6 +14,7 @@ from aligner.data.tokenizer import digest
 from aligner.job.actor import open_reward_model
 from aligner.job.config import ModelToolConfig
 from aligner.job.job import Job
+from aligner.job.reference import fingerprint
 from aligner.run import config as options
 from aligner.run.distributed import agree, is_main
 from aligner.serving import grpc_transport
@@ -21,6 +22,7 @@ from aligner.serving.remote import read_bytes, read_secret
 from aligner.serving.reward_service import RewardService
 from aligner.serving.service import REWARD, STATUS, Limits, ServiceError, ServiceStatus
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GRACE_S = 5.0  # for answers that are on their way when the service ends
 
 
@@ -48,7 +50,7 @@ class ServeConfig:
             raise ValueError("serve.port must be 0 to 65535, serve.request-tokens and serve.queue 1 or more.")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("serve.tls-cert and serve.tls-key come together; give both files or none.")
-        if self.host not in ("127.0.0.1", "localhost", "::1") and not (self.token_file or self.insecure):
+        if self.host not in LOOPBACK and not (self.token_file or self.insecure):
             raise ValueError(
                 f"serve.host is {self.host}, where others can call; give --serve.token-file FILE, or --serve.insecure "
                 "to let everybody."
@@ -74,11 +76,15 @@ def serve_reward(argv: list[str]) -> int:
     token = read_secret(c.token_file, "serve.token-file") if c.token_file else ""
     tls = (read_bytes(c.tls_key, "serve.tls-key"), read_bytes(c.tls_cert, "serve.tls-cert")) if c.tls_cert else None
     job = Job("serve", config)
+    if c.host not in LOOPBACK and not tls:
+        print("warning: without --serve.tls-cert tokens, rewards and the secret travel in the clear", file=sys.stderr)
     job.join()
     model = open_reward_model(job, job.folder)
     limits = Limits(vocabulary=job.shape.vocab, context=job.shape.context, tokens=c.request_tokens)
-    service = RewardService(model, digest(job.tokenizer), limits, c.queue)
+    digests = {"model": fingerprint(job.folder), "tokenizer": digest(job.tokenizer)}
+    service = RewardService(model, digests, limits, c.queue)
     where = {"host": c.host, "port": c.port, "token": token, "tls": tls}
+    where |= {"calls": c.queue + 16, "request_bytes": 16 * c.request_tokens + (1 << 16)}
     started = agree(lambda: grpc_transport.serve(service, (REWARD, STATUS), **where) if is_main() else None)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -7,7 +7,7 @@ Writes docs/images/constitutional.svg and benchmarks/results/constitutional.csv.
 
 import json
 
-from experiment import ROOT, draw_curve, read, run, write, write_results
+from experiment import ROOT, draw_curves, read, run, write, write_results
 from steerlm import dialogues
 
 RUNS = ROOT / "runs" / "constitutional"
@@ -47,8 +47,9 @@ def main() -> None:
     ]
     write_results("constitutional", rows)
     print("\n".join(f"{row['what']}: {row['value']:.3f}" for row in rows))
-    curves = (("eval/reward/mean", "held out"), ("reward/mean", "of a step"), ("kl/mean", "KL, nats per response"))
-    draw_curve("constitutional", "PPO on AI feedback: reward", ppo / "metrics.jsonl", curves)
+    curves = (("eval/reward/mean", "held out"), ("reward/mean", "of a step"))
+    title = "PPO on AI feedback: reward"
+    draw_curves("constitutional", title, [(ppo, metric, label) for metric, label in curves])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 What the frontier has no run of is trained here, from the same SFT model and data. Writes docs/images/<page>.svg.
 """
 
-from experiment import ROOT, draw_curve, run, write
+from experiment import ROOT, draw_curves, run, write
 
 from aligner.data.movie_reviews import review_rows
 
@@ -57,7 +57,7 @@ def main() -> None:
     for name, (program, options) in MORE.items():
         run(RUNS / name, program, *options)
     for page, (folder, title, lines) in PAGES.items():
-        draw_curve(page, title, RUNS / folder / "metrics.jsonl", lines)
+        draw_curves(page, title, [(RUNS / folder, metric, label) for metric, label in lines])
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ def write_results(name: str, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def draw_curve(page: str, title: str, metrics: Path, lines: tuple[tuple[str, str], ...]) -> None:
-    """docs/images/PAGE.svg of a run's metrics.jsonl; lines: (metric, its label)."""
-    rows, series = read(metrics), []
-    for i, (metric, label) in enumerate(lines):
-        points = [(row["step"], row[metric]) for row in rows if metric in row]
-        if points:
+def draw_curves(page: str, title: str, lines: list[tuple[Path, str, str]]) -> None:
+    """docs/images/PAGE.svg; lines: (folder of a run, metric, label)."""
+    series = []
+    for i, (folder, metric, label) in enumerate(lines):
+        rows = read(folder / "metrics.jsonl")
+        if points := [(row["step"], row[metric]) for row in rows if metric in row]:
             series.append(Series(label=label, points=points, color=COLORS[i], dots="eval/" in metric))
     (IMAGES / f"{page}.svg").write_text(picture(title, "step", series))

@@ -12,8 +12,9 @@ from pathlib import Path
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-# Stands before a text in its place: a control character is a token of its own, of one byte, that merges with nothing.
-_BEFORE = "\x02"
+# Stands before a text that others precede: most tokenizers write the control character as a token that merges with
+# nothing. The others are for those that drop or do not know it.
+_MARKS = ("\x02", "|", "/")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -47,19 +48,26 @@ class Continuation:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
-        before, letter = self._ids(_BEFORE), self._ids("a")
-        both, num = self._ids(_BEFORE + "a"), len(before)
         # Byte-level tokenizers write a text anywhere as they do at its beginning: nothing needs to stand before it.
-        self._before = before if both[:num] == before and both[num:] not in ((), letter) else ()
+        self._mark = next((mark for mark in _MARKS if self._marks(mark)), "")
+        self._before = self._ids(self._mark) if self._mark else ()
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids, without those that the tokenizer puts around a whole text."""
-        return self._ids(_BEFORE + text)[len(self._before) :] if self._before else self._ids(text)
+        ids, num = self._ids(self._mark + text), len(self._before)
+        return ids[num:] if ids[:num] == self._before else self._ids(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special ones are left out."""
         text = self._tokenizer.decode([*self._before, *tokens], skip_special_tokens=True)
-        return text[len(_BEFORE) :] if self._before else text
+        return text.partition(self._mark)[2] if self._mark else text
+
+    def _marks(self, mark: str) -> bool:
+        """Whether a text after this mark has other tokens than one that begins, and both come back as text."""
+        before, letter, both = self._ids(mark), self._ids("a"), self._ids(mark + "a")
+        rest = both[len(before) :]
+        differs = both[: len(before)] == before and rest not in ((), letter)
+        return differs and mark + "a" in self._tokenizer.decode(both, skip_special_tokens=True)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])

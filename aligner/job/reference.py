@@ -27,7 +27,7 @@ class Reference:
     """
 
     def __init__(self, policy: Policy, model: Path, cache: Path | None):
-        self._policy, self._cache, self._model = policy, cache, _fingerprint(model)
+        self._policy, self._cache, self._model = policy, cache, fingerprint(model)
         self._known: dict[bytes, float] = {}
         if cache is not None and Path(cache).exists():
             self._known = agree(lambda: _read(Path(cache), self._model))
@@ -77,7 +77,7 @@ def _write(cache: Path, model: str, known: dict[bytes, float]) -> None:
     atomic_write(cache, content.getvalue())
 
 
-def _fingerprint(model: Path) -> str:
+def fingerprint(model: Path) -> str:
     """Of the model in a folder: the config, and windows of each weight file."""
     digest = hashlib.sha256((model / "config.json").read_bytes())
     for path in sorted(model.glob("*.safetensors")):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal, TypeVar
 
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from aligner.run.watch import Watch
 
 Value = TypeVar("Value")
+# Of a collective. Ranks without requests wait in one while others wait ten minutes for a served reward model, and that
+# long NCCL waits by default.
+PATIENCE = timedelta(minutes=30)
 _open = ExitStack()  # what initialize() has opened
 
 
@@ -82,7 +86,7 @@ def initialize(threads: int, parallel: ParallelConfig | None = None) -> None:
             backend = "nccl"
         if "WORLD_SIZE" in os.environ:
             store, rank, world = next(dist.rendezvous("env://"))
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
             _open.enter_context(Watch(store, rank, world))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -20,7 +20,7 @@ import numpy as np
 from aligner.serving.service import Arrays, Code, Service, ServiceError, expect
 
 MAX_BYTES = 256 << 20
-THREADS = 32  # calls that wait at once; each holds one
+MAX_WORDS = 1000  # of a message to a caller: gRPC sends no more than 16 kB of them
 LONGEST_S = 600.0  # of a call without a deadline of its own
 DTYPES = ("int32", "int64", "float32", "float64", "bool", "str")
 PATH = "aligner"  # of a method: /aligner/<endpoint>
@@ -39,6 +39,13 @@ OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+]
+# Our own pauses decide when a service is looked for again, and no proxy of the environment sees what is sent.
+CALLER_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.min_reconnect_backoff_ms", 5000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.enable_http_proxy", 0),
 ]
 
 
@@ -66,7 +73,7 @@ def from_frame(frame: bytes) -> Arrays:
             else:
                 arrays[str(name)] = np.frombuffer(data, dtype, count=math.prod(shape)).reshape(shape)
                 expect(arrays[str(name)].nbytes == num, f"{name} has {num} bytes for {dtype} {shape}")
-    except (ValueError, TypeError, KeyError, struct.error, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, struct.error, RecursionError, OverflowError) as error:
         raise ServiceError(Code.INVALID, f"not a frame of named arrays ({type(error).__name__}).") from None
     expect(position == len(frame), f"the frame has {len(frame)} bytes, its arrays end at {position}")
     return arrays
@@ -80,10 +87,13 @@ def serve(
     port: int,
     token: str = "",
     tls: tuple[bytes, bytes] | None = None,
+    calls: int = 64,
+    request_bytes: int = MAX_BYTES,
 ) -> tuple[grpc.Server, int]:
     """A started server and its port.
 
     token: that callers must show; empty lets everybody. tls: PEM bytes of (private key, certificate chain).
+    calls: at once, those that wait too; each holds a thread. request_bytes: of a frame, at most.
     Raises ValueError when it cannot listen there.
     """
 
@@ -106,15 +116,16 @@ def serve(
         except Exception:  # gRPC would send what it says to the caller
             print(traceback.format_exc(), file=sys.stderr, flush=True)
             code, words = Code.FAILED, "the service failed; its log says why."
-        context.abort(STATUS_OF[code], f"{code.value}: {words}")
+        context.abort(STATUS_OF[code], ascii(f"{code.value}: {words}")[1:-1][:MAX_WORDS])
 
     methods = {
         name: grpc.unary_unary_rpc_method_handler(lambda frame, context, name=name: answer(name, frame, context))
         for name in endpoints
     }
-    pool = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="grpc")
+    pool = ThreadPoolExecutor(max_workers=calls, thread_name_prefix="grpc")
     # Without SO_REUSEPORT a second server on the port is an error, not a rival.
-    server = grpc.server(pool, options=[*OPTIONS, ("grpc.so_reuseport", 0)])
+    options = [*OPTIONS[1:], ("grpc.max_receive_message_length", request_bytes), ("grpc.so_reuseport", 0)]
+    server = grpc.server(pool, options=options, maximum_concurrent_rpcs=calls)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(PATH, methods),))
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
@@ -125,7 +136,10 @@ def serve(
     except RuntimeError:
         bound = 0
     if not bound:
-        raise ValueError(f"cannot listen on {address}; the port is in use or the address is not this machine's.")
+        secured = ", or certificate and key do not belong together" if tls else ""
+        raise ValueError(
+            f"cannot listen on {address}; the port is in use, or the address is not this machine's{secured}."
+        )
     server.start()
     return server, bound
 
@@ -138,10 +152,11 @@ class Connection:
     """
 
     def __init__(self, address: str, *, token: str = "", authority: bytes | None = None):
+        options = [*OPTIONS, *CALLER_OPTIONS]
         if authority is None:
-            self._channel = grpc.insecure_channel(address, OPTIONS)
+            self._channel = grpc.insecure_channel(address, options)
         else:
-            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authority), OPTIONS)
+            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authority), options)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     def call(self, endpoint: str, request: Arrays, deadline_s: float) -> Arrays:
@@ -152,6 +167,8 @@ class Connection:
         except grpc.RpcError as error:
             words, status = error.details() or "", error.code()
         code = next((code for code, known in STATUS_OF.items() if known is status), Code.FAILED)
+        if code is Code.BUSY and not words.startswith((code.value, "Concurrent RPC limit")):
+            code = Code.INVALID  # gRPC says that a frame is too large
         raise ServiceError(code, words.removeprefix(f"{code.value}: ") or status.name)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """A reward model that another job serves, behind the methods of one in this process."""
 
 import random
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0  # before a call is tried again: doubled ev
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """deadline_s: of one call. total_s: of all tries of it. start_s: of those before the run begins."""
+    """deadline_s: of one call; a peer that is gone is noticed earlier, by gRPC's pings. total_s: of all tries of it.
+    start_s: of those before the run begins."""
 
-    deadline_s: float = 120.0
+    deadline_s: float = 600.0
     total_s: float = 600.0
     start_s: float = 60.0
 
@@ -46,7 +48,8 @@ class RemoteReward:
         token = read_secret(token_file, "reward.token-file") if token_file else ""
         trusted = read_bytes(authority, "reward.tls-ca") if authority else None
         self._connection = Connection(address, token=token, authority=trusted)
-        self._request_tokens = 0
+        self._status: ServiceStatus | None = None
+        self._given_up = threading.Event()
 
     def check(self, tokenizer: str) -> None:
         """Wait until it is ready. Raises ValueError when it is not in time, or does not fit.
@@ -66,13 +69,17 @@ class RemoteReward:
                 f"reward.attribute-weights has {len(self._weights_K)} numbers, the reward model at {self.address} "
                 f"gives {status.attributes} attributes; give one number each."
             )
-        self._request_tokens = status.request_tokens
+        self._status = status
 
     def score(self, sequences: list[list[int]]) -> list[float]:
         """Rewards of whole sequences, prompts and responses. Raises ValueError when there is no answer."""
         rewards: list[float] = []
-        for part in _parts(sequences, self._request_tokens):
+        for part in _parts(sequences, self._status.request_tokens):
             reply = self._call(REWARD, Sequences.pack(part).arrays(), self._patience.total_s)
+            if any(reply[name].item() != getattr(self._status, name) for name in ("model", "tokenizer")):
+                raise ValueError(
+                    f"{self.address} serves another reward model than when this run began; serve the first one again."
+                )
             rewards += (reply["rewards_BK"].astype(np.float64) @ self._weights_K).tolist()
         if len(rewards) != len(sequences) or not np.isfinite(rewards).all():
             raise ValueError(
@@ -86,24 +93,27 @@ class RemoteReward:
         began, tries, pause = time.monotonic(), 0, PAUSE_S
         since = time.strftime("%H:%M:%S")
         while True:
+            if self._given_up.is_set():
+                raise ValueError(f"the reward model at {self.address} has not answered another request.")
             tries += 1
             left = total_s - (time.monotonic() - began)
             try:
                 return self._connection.call(endpoint, request, min(self._patience.deadline_s, max(left, 0.1)))
             except ServiceError as error:
-                waited = time.monotonic() - began + pause
+                left = total_s - (time.monotonic() - began)
                 if not error.code.repeatable:
                     hint = "give --reward.token-file" if error.code is Code.UNAUTHENTICATED else "look at its log"
                     raise ValueError(
                         f"the reward model at {self.address} refused: {error} ({error.code.value}); {hint}."
                     ) from None
-                if waited > total_s:
+                if left <= 0:
+                    self._given_up.set()
                     raise ValueError(
                         f"the reward model at {self.address} has not answered since {since} ({tries} tries; the last "
                         f"one: {error}); check that `python -m aligner.serve reward` runs there, that its port is open "
                         "to this machine, and whether it speaks TLS."
                     ) from None
-            time.sleep(pause * random.uniform(0.5, 1.0))
+            self._given_up.wait(min(pause * random.uniform(0.5, 1.0), left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 

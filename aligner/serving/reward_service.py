@@ -21,12 +21,13 @@ BEAT_S = 1.0  # an idle group meets that often: no process group times out, and 
 class RewardService:
     """All ranks make it and call run(); the first one takes requests meanwhile, from any thread.
 
-    tokenizer: digest of the model's. limits: of a request; about as many tokens are answered at once. queue_size:
-    requests that may wait.
+    digests: of the "model" and of its "tokenizer". limits: of a request; about as many tokens are answered at once.
+    queue_size: requests that may wait.
     """
 
-    def __init__(self, model: RewardModel, tokenizer: str, limits: Limits, queue_size: int):
-        self.model, self._tokenizer, self._limits = model, tokenizer, limits
+    def __init__(self, model: RewardModel, digests: dict[str, str], limits: Limits, queue_size: int):
+        self.model, self._digests, self._limits = model, digests, limits
+        self._identity = {name: np.array(digest) for name, digest in digests.items()}
         self._waiting: queue.Queue[tuple[Sequences, Future]] = queue.Queue(queue_size)
         self._next: tuple[Sequences, Future] | None = None  # did not fit into the batch before
         self._beat = time.monotonic()
@@ -52,7 +53,7 @@ class RewardService:
         return ServiceStatus(
             kind="reward",
             vocabulary=self._limits.vocabulary,
-            tokenizer=self._tokenizer,
+            **self._digests,
             attributes=self.model.attributes,
             request_tokens=self._limits.tokens,
             context=self._limits.context,
@@ -70,33 +71,28 @@ class RewardService:
             batch, leave = _from_first_rank((batch, self._draining.is_set() and not work))
             if leave:
                 return
-            try:
-                scores_BK = self._answer(batch, stop)
-            except Exception as error:  # of any rank: these requests fail, the next ones may not
-                print(f"error: a batch of {len(work)} requests failed: {error}", file=sys.stderr, flush=True)
-                for _, future in work:
-                    future.set_exception(ServiceError(Code.FAILED, "the reward model failed; its log says why."))
-                continue
-            self._beat = time.monotonic()
-            for request, future in work:
-                num = len(request.cu_seqlens) - 1
-                future.set_result({"rewards_BK": scores_BK[:num], "weights_version": np.array(0)})
-                scores_BK = scores_BK[num:]
-
-    def _answer(self, batch: Sequences | None, stop: threading.Event) -> np.ndarray | None:
-        """(B, K) float32 on all ranks, which also tell each other whether one of them is to stop."""
-        scores_BK = None
-
-        def score() -> bool:
-            nonlocal scores_BK
             if batch is not None:
-                packed = last_tokens(torch.from_numpy(batch.tokens_N), torch.from_numpy(batch.cu_seqlens).int())
-                scores_BK = self.model.infer(packed)[packed.cu_seqlens[1:].long() - 1].numpy()
-            return stop.is_set()
+                self._answer(work, batch)
+            if any(gather(stop.is_set)):
+                self._draining.set()
+            self._beat = time.monotonic()
 
-        if any(gather(score)):
-            self._draining.set()
-        return scores_BK
+    def _answer(self, work: list[tuple[Sequences, Future]], batch: Sequences) -> None:
+        """All ranks call it; the first one has the callers of the batch."""
+        packed = last_tokens(torch.from_numpy(batch.tokens_N), torch.from_numpy(batch.cu_seqlens).int())
+        try:
+            scores_BK = self.model.infer(packed)[packed.cu_seqlens[1:].long() - 1].numpy()
+        except Exception as error:
+            if not _harmless(error):
+                raise
+            print(f"error: a batch of {len(work)} requests failed: {error}", file=sys.stderr, flush=True)
+            for _, future in work:
+                future.set_exception(ServiceError(Code.FAILED, "the reward model failed; its log says why."))
+            return
+        for request, future in work:
+            num = len(request.cu_seqlens) - 1
+            future.set_result({"rewards_BK": scores_BK[:num], "weights_version": np.array(0), **self._identity})
+            scores_BK = scores_BK[num:]
 
     def _take(self) -> list[tuple[Sequences, Future]]:
         """Waiting requests of about request_tokens tokens; the first one that comes within a beat, else none."""
@@ -116,9 +112,18 @@ class RewardService:
                 tokens += len(request.tokens_N)
 
 
+def _harmless(error: Exception) -> bool:
+    """Whether the next batch may succeed: no rank waits in a collective that this one left, and the device lives."""
+    return not _many() and not isinstance(error, torch.AcceleratorError)
+
+
+def _many() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _from_first_rank(value):
     """What rank 0 gives, on all ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _many():
         return value
     box = [value]
     dist.broadcast_object_list(box, 0)

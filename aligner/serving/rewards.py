@@ -1,13 +1,14 @@
 """What a run's responses are worth: callables and reward models, here or served, each with a weight."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 from torch import Tensor
 
 from aligner.data.batch import Rollout, SupervisedBatch
 from aligner.models.reward_model import RewardModel
+from aligner.run.background import Background
 from aligner.serving.remote import RemoteReward
 from aligner.serving.reward import RewardFunction
 
@@ -31,8 +32,8 @@ class Rewards:
     ):
         self.functions, self.models, self.weights = list(functions), list(models), torch.tensor(list(weights))
         self.served = list(served)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rewards")
-        self._callers = ThreadPoolExecutor(max_workers=AT_ONCE, thread_name_prefix="served-rewards")
+        self._worker = Background("rewards")
+        self._callers = Background("served-rewards", AT_ONCE)
 
     def submit(
         self, prompts: list[str], responses: list[str], metadata: list[dict], sequences: list[list[int]]

@@ -1,7 +1,7 @@
 """The contract of the services, whatever carries it: endpoints, requests and replies as named arrays, stable errors.
 
-    reward_v1   tokens_N, cu_seqlens -> rewards_BK, weights_version      inference, safe to repeat
-    status_v1   -> ServiceStatus                                         the real test of readiness
+    reward_v1   tokens_N, cu_seqlens -> rewards_BK, weights_version, model, tokenizer     inference, safe to repeat
+    status_v1   -> ServiceStatus                                                          the real test of readiness
 
 A service checks a request before it enqueues it, so that a bad one costs its sender an error and nobody else anything.
 Names carry a version: a change that an older client would misread gets a new one.
@@ -119,15 +119,16 @@ class Sequences:
 class ServiceStatus:
     """What a service is and how it does.
 
-    kind: "reward". vocabulary, tokenizer: size and digest of its tokenizer, to compare with the caller's.
+    kind: "reward". model, tokenizer: digests; the tokenizer's is compared with the caller's. vocabulary: token ids.
     attributes: numbers a response. request_tokens, context: tokens that a request, and a sequence, may have.
     weights_version: of the weights that answer. queue: requests that wait. beat_age_s: seconds since all ranks met.
     draining: it takes no more requests.
     """
 
     kind: str
-    vocabulary: int
+    model: str
     tokenizer: str
+    vocabulary: int
     attributes: int
     request_tokens: int
     context: int

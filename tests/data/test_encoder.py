@@ -1,11 +1,12 @@
 """Chats and texts as tokens: by hand with a tokenizer of words, and against transformers with SmolLM2's."""
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from aligner.data.encoder import Encoder
 from aligner.rollout.transcript import Transcript
-from tests.data.sentencepieces import sentencepiece_tokenizer
+from tests.data.sentencepieces import CORPUS, sentencepiece_tokenizer
 from tests.data.words import TEMPLATE, ids, word_tokenizer
 
 CHAT = [
@@ -179,3 +180,43 @@ def test_a_chat_that_begins_with_what_is_learnt_begins_as_a_text(pieces):
     template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     example = Encoder(pieces.tokenizer, template).conversation([{"role": "user", "content": "The film"}], [0])
     assert example.tokens == tuple(pieces.tokenizer("The film</s>", add_special_tokens=False)["input_ids"])
+
+
+def byte_level_with_a_space_in_front() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["</s>"], show_progress=False
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
+def pieces_without_bytes(kind: str) -> PreTrainedTokenizerFast:
+    """Sentencepiece's, to which a control character is unknown."""
+    unigram = kind == "unigram"
+    core = Tokenizer(models.Unigram() if unigram else models.BPE(unk_token="<unk>", fuse_unk=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=unigram)
+    core.decoder = decoders.Metaspace(prepend_scheme="first")
+    shared = {"special_tokens": ["<unk>", "</s>"], "vocab_size": 200, "show_progress": False}
+    trainer = trainers.UnigramTrainer(unk_token="<unk>", **shared) if unigram else trainers.BpeTrainer(**shared)
+    core.train_from_iterator([*CORPUS, *"|/ | / a|a a/a"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "bpe", "unigram"])
+@pytest.mark.parametrize("response", ["42", " 42", "The film", " was good", "40 + 2"])
+def test_other_tokenizers_that_begin_a_text_with_a_space(kind: str, response: str):
+    tokenizer = byte_level_with_a_space_in_front() if kind == "byte-level" else pieces_without_bytes(kind)
+    tokens = Encoder(tokenizer).response(response)
+    assert Transcript(tokenizer).decode(tokens) == response
+    spaces = [piece for piece in tokenizer.convert_ids_to_tokens(tokens) if piece[0] in "\u0120\u2581"]
+    assert len(spaces) <= response.count(" ")
+
+
+def test_a_tokenizer_without_any_mark_is_left_as_it_is():
+    encoder = Encoder(word_tokenizer())
+    assert encoder.response("the film") == ids("the film </s>")
+    assert Transcript(encoder.tokenizer).decode(ids("was good")) == encoder.tokenizer.decode(ids("was good"))

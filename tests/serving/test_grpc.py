@@ -6,7 +6,8 @@ import socket
 import struct
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -24,8 +25,9 @@ from aligner.serving.service import REWARD, STATUS, Code, Limits, Sequences, Ser
 LIMITS = Limits(vocabulary=100, context=6, tokens=12)
 STATE = ServiceStatus(
     kind="reward",
-    vocabulary=100,
+    model="a model",
     tokenizer="the same",
+    vocabulary=100,
     attributes=2,
     request_tokens=12,
     context=6,
@@ -67,6 +69,7 @@ def framed(header: object, data: bytes = b"") -> bytes:
         framed([["x", "int64", [1, 16]]], bytes(16)),
         framed([["x", "int64", [-1, 8]]], bytes(8)),
         framed([["x", "int64", [1.5, 8]]], bytes(8)),
+        framed([["x", "int64", [2**70, 8]]], bytes(8)),
         framed([["x", "int64", [1, 8]]], bytes(9)),
         framed([["x", "object", [1, 8]]], bytes(8)),
         framed([["x", "str", [1]]], b"\xff"),
@@ -137,7 +140,8 @@ class Sums:
         sequences = Sequences.of(asked, LIMITS)
         parts = np.split(sequences.tokens_N, sequences.cu_seqlens[1:-1])
         rewards = np.array([[part.sum(), len(part)] for part in parts], np.float32)
-        future.set_result({"rewards_BK": rewards, "weights_version": np.array(0)})
+        names = {name: np.array(getattr(STATE, name)) for name in ("model", "tokenizer")}
+        future.set_result({"rewards_BK": rewards, "weights_version": np.array(0), **names})
         return future
 
 
@@ -221,6 +225,70 @@ def test_what_the_service_refuses_is_told_at_once(served):
     assert "secret" not in str(error.value) and len(service.calls) == 2
 
 
+@pytest.mark.slow
+def test_a_service_that_is_back_is_found_soon(served):
+    """gRPC's own pauses between connections grow to two minutes."""
+    address = served(Sums())
+    reward = remote(address, patience=Patience(total_s=60.0))
+    served.stop()
+    back = []
+    timer = threading.Timer(
+        12.0, lambda: (served(Sums(), int(address.rpartition(":")[2])), back.append(time.monotonic()))
+    )
+    timer.start()
+    assert reward.score([[1, 2]]) == [3.0]
+    assert time.monotonic() - back[0] < 9.5
+    timer.join()
+
+
+def test_after_one_request_was_given_up_the_others_are(served):
+    address = served(Sums())
+    reward = remote(address, patience=Patience(total_s=1.5))
+    served.stop()
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        failures = [future.exception() for future in [pool.submit(reward.score, [[1]]) for _ in range(20)]]
+    assert time.monotonic() - began < 5
+    assert "has not answered since" in str(failures[0]) and "has not answered another request" in str(failures[-1])
+
+
+def test_a_proxy_of_the_environment_is_not_used(served, monkeypatch):
+    address = served(Sums())
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert remote(address).score([[1, 2]]) == [3.0]
+
+
+def test_as_many_calls_as_are_allowed_and_no_more(served):
+    service = Sums(*["silence"] * 3)
+    address = served(service, calls=3)
+    reward = remote(address, patience=Patience(deadline_s=1.0, total_s=1.2))
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(reward.score, [[1]]) for _ in range(3)]
+        end = time.monotonic() + 5
+        while len(service.calls) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        with pytest.raises(ServiceError) as error:
+            Connection(address).call(STATUS, {}, 5.0)
+        assert error.value.code is Code.BUSY
+        assert all(future.exception() or future.result() == [1.0] for future in waiting)
+
+
+def test_a_frame_that_is_too_large_is_not_sent_again(served):
+    service = Sums()
+    reward = remote(served(service, request_bytes=100))
+    with pytest.raises(ValueError, match="refused: .*larger than max"):
+        reward.score([[1] * 6, [1] * 6] * 3)
+
+
+def test_another_model_in_the_middle_of_a_run(served, monkeypatch):
+    reward = remote(served(Sums()))
+    assert reward.score([[1]]) == [1.0]
+    monkeypatch.setitem(globals(), "STATE", replace(STATE, model="another model"))
+    with pytest.raises(ValueError, match="serves another reward model than when this run began"):
+        reward.score([[1]])
+
+
 def test_nan_is_not_a_reward(served, monkeypatch):
     reward = remote(served(Sums()))
     monkeypatch.setattr(np, "split", lambda *a: [np.array([np.nan])])
@@ -237,7 +305,7 @@ def test_nan_is_not_a_reward(served, monkeypatch):
     ],
 )
 def test_a_service_that_does_not_fit_is_refused(served, monkeypatch, change: dict, words: str):
-    monkeypatch.setitem(globals(), "STATE", ServiceStatus(**vars(STATE) | change))
+    monkeypatch.setitem(globals(), "STATE", replace(STATE, **change))
     with pytest.raises(ValueError, match=words):
         remote(served(Sums()))
 
@@ -271,6 +339,8 @@ def test_tls(served, tmp_path):
         authority.cert_pem.write_to_path(tmp_path / name)
     reward = remote(address, token_file=str(secret), authority=str(tmp_path / "ours"))
     assert reward.score([[7]]) == [7.0]
+    with pytest.raises(ValueError, match="or certificate and key do not belong together"):
+        served(Sums(), tls=(b"no key", chain))
     for options in ({"authority": str(tmp_path / "others")}, {}):
         with pytest.raises(ValueError, match="has not answered since"):
             remote(address, token_file=str(secret), patience=Patience(start_s=0.5), **options)
@@ -278,7 +348,9 @@ def test_tls(served, tmp_path):
 
 def test_a_port_in_use(served):
     address = served(Sums())
-    with pytest.raises(ValueError, match=f"cannot listen on {address}; the port is in use"):
+    with pytest.raises(
+        ValueError, match=f"cannot listen on {address}; the port is in use, or the address is not this machine's\\."
+    ):
         served(Sums(), int(address.rpartition(":")[2]))
 
 

@@ -41,7 +41,7 @@ class Sum:
 def running():
     """(model, service, stop, thread) of a service that takes up to 4 requests."""
     model, stop = Sum(), threading.Event()
-    service = RewardService(model, "digest", LIMITS, queue_size=4)
+    service = RewardService(model, {"model": "m", "tokenizer": "t"}, LIMITS, queue_size=4)
     thread = threading.Thread(target=service.run, args=(stop,))
     thread.start()
     yield model, service, stop, thread
@@ -88,13 +88,19 @@ def test_who_has_hung_up_is_not_worked_for(running):
 
 
 def test_a_failure_ends_with_its_batch(running, capsys):
-    model, service, _, _ = running
+    model, service, stop, thread = running
     model.faults.append(RuntimeError("out of memory at /secret/path"))
     model.go.set()
     with pytest.raises(ServiceError, match="the reward model failed; its log says why") as error:
         ask(service, [1]).result(10)
     assert error.value.code is Code.FAILED and "secret" not in str(error.value)
     assert ask(service, [2]).result(10)["rewards_BK"].tolist() == [[2, -2]]
+    model.faults.append(RuntimeError("again"))
+    stop.set()  # heard though its batch fails
+    with pytest.raises(ServiceError):
+        ask(service, [1]).result(10)
+    thread.join(10)
+    assert not thread.is_alive()
     assert "a batch of 1 requests failed: out of memory at /secret/path" in capsys.readouterr().err
 
 
@@ -132,4 +138,9 @@ def test_an_idle_service_keeps_a_beat(running):
     time.sleep(2.5)
     status = ServiceStatus.of(service.call(STATUS, {}).result())
     assert status == service.status().__class__(**vars(service.status()) | {"beat_age_s": status.beat_age_s})
-    assert status.beat_age_s < 2 and (status.kind, status.tokenizer, status.attributes) == ("reward", "digest", 2)
+    assert status.beat_age_s < 2 and (status.kind, status.model, status.tokenizer, status.attributes) == (
+        "reward",
+        "m",
+        "t",
+        2,
+    )
