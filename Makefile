@@ -58,7 +58,7 @@ frontier: setup
 curves: setup
 	$(BIN)/python benchmarks/curves.py
 
-# SteerLM on dialogues that people rated, GRPO on tasks with a checker: half an hour each.
+# SteerLM on dialogues that people rated, GRPO on tasks with a checker: an hour each.
 steerlm: setup
 	$(PIP) --no-deps chitchat-dataset==0.9.0
 	$(BIN)/python benchmarks/steerlm.py

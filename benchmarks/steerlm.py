@@ -28,7 +28,11 @@ NAMES = ("witty", "upbeat", "interesting")
 UNTOUCHED = [5.0, 5.0, 5.0]  # where the sliders stand before anybody rates; half of the ratings
 MESSAGES = 4  # of a dialogue, at least
 READ = 256  # tokens of a dialogue, its last ones
-LEARNT = 8  # of each, by SFT
+ANNOTATED = 9  # messages of a dialogue without ratings: every answer in it is a sequence for the attribute model
+LEARNT = 192  # tokens of a dialogue, by SFT
+LOW = 5  # and less: half of what SFT sees
+OPENING = 4  # messages before a steered answer, the system's and three of a held-out dialogue
+ANSWERS = 4  # to each
 SYSTEM = {"role": "system", "content": "You are chatting with a stranger."}
 
 
@@ -57,9 +61,24 @@ def with_label(row: dict) -> dict:
     label = ",".join(f"{name}:{round(value)}" for name, value in zip(NAMES, row["label"], strict=True))
     said = [
         {"from": m["role"].capitalize(), "value": m["content"], "label": label if m["role"] == "assistant" else None}
-        for m in row["messages"][1 : LEARNT + 1]
+        for m in row["messages"][1:]
     ]
     return {"system": SYSTEM["content"], "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
+
+
+def upbeat_alone(row: dict) -> tuple[int, dict]:
+    """(rating of the last turn, the same chat with labels of one attribute and one digit).
+
+    The attributes hang together so much (0.6 to 0.8) that a model of one label with all three learns nothing of each;
+    and "10" begins as "1" does, to a tokenizer that writes numbers digit by digit.
+    """
+    turns, rating = [], 0
+    for turn in row["conversations"]:
+        if turn["label"]:
+            rating = min(int(dict(pair.split(":") for pair in turn["label"].split(","))["upbeat"]), 9)
+            turn = turn | {"label": f"upbeat:{rating}"}
+        turns.append(turn)
+    return rating, row | {"conversations": turns}
 
 
 def linear_correlations(train: list[dict], held_out: list[dict]) -> list[float]:
@@ -82,10 +101,11 @@ def steered(folder: Path, rows: list[dict], label: str) -> list[str]:
     """What the model answers to the held-out dialogues' openings when it is asked for these attributes."""
     tokenizer, sampler = load_tokenizer(folder), NativeSampler.from_pretrained(folder)
     encoder = Encoder(tokenizer)
-    prompts = [list(encoder.steer(row["messages"][:2], label)[1]) for row in rows]
+    prompts = [list(encoder.steer(row["messages"][:OPENING], label)[1]) for row in rows]
     sampling = Sampling(max_tokens=32, stop=(tokenizer.eos_token_id,), seed=0)
-    found = {r.prompt: tokenizer.decode(r.tokens, skip_special_tokens=True) for r in sampler.stream(prompts, sampling)}
-    return [found[i] for i in range(len(prompts))]
+    responses = sampler.stream(prompts, sampling, n=ANSWERS)
+    found = {(r.prompt, r.sample): tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses}
+    return [found[key] for key in sorted(found)]
 
 
 def main() -> None:
@@ -93,28 +113,31 @@ def main() -> None:
     sides = dialogues()
     print(", ".join(f"{len(rows)} {name}" for name, rows in sides.items()), flush=True)
     rated, held_out = (write(RUNS / f"{name}.jsonl", sides[name]) for name in ("rated", "held-out"))
-    unrated = [{"messages": row["messages"][: LEARNT + 1]} for row in sides["unrated"]]
+    unrated = [{"messages": row["messages"][:ANNOTATED]} for row in sides["unrated"]]
     unrated = write(RUNS / "unrated.jsonl", unrated)
     attributes, annotated, tuned = RUNS / "attributes", RUNS / "annotated.jsonl", RUNS / "tuned"
     trained = ["--loss", "regression", "--layers", "12", "--steps", "100", "--batch.examples", "40"]
     trained += ["--optimizer.warmup-steps", "5", "--eval-every", "50", "--eval-examples", "400"]
-    cut = ["--data.max-tokens", READ, "--data.too-long", "truncate"]
-    run(attributes, "reward_model", "--data", rated, "--eval-data", held_out, *trained, *cut)
+    cut = ["--data.too-long", "truncate", "--data.max-tokens"]
+    run(attributes, "reward_model", "--data", rated, "--eval-data", held_out, *trained, *cut, READ)
     run(annotated, "annotate", "--model", attributes, "--names", *NAMES, "--high", "10", "--data", unrated)
-    labelled = write(RUNS / "labelled.jsonl", [*map(with_label, sides["rated"]), *read(annotated)])
-    run(tuned, "steerlm", "--data", labelled, *cut, "--batch.examples", "16", "--steps", "120")
+    labelled = [upbeat_alone(row) for row in [*map(with_label, sides["rated"]), *read(annotated)]]
+    low = write(RUNS / "low.jsonl", [row for rating, row in labelled if rating <= LOW])
+    high = write(RUNS / "high.jsonl", [row for rating, row in labelled if rating > LOW])
+    balanced = ["--data", f"{low}:1,{high}:1", *cut, LEARNT]
+    run(tuned, "steerlm", *balanced, "--batch.examples", "16", "--steps", "110", "--optimizer.lr", "5e-4")
     metrics, linear = read(attributes / "metrics.jsonl")[-1], linear_correlations(sides["rated"], sides["held-out"])
     rows = []
     for k, name in enumerate(NAMES):
         rows.append({"what": f"Spearman, {name}, attribute model", "value": metrics[f"eval/spearman/{k}"]})
         rows.append({"what": f"Spearman, {name}, ridge on words", "value": linear[k]})
-    judge, openings, scores = PositiveReview(), sides["held-out"][:256], {}
+    judge, scores = PositiveReview(), {}
     for upbeat in (1, 9):
-        answers = steered(tuned / "policy", openings, f"witty:6,upbeat:{upbeat},interesting:7")
+        answers = steered(tuned / "policy", sides["held-out"], f"upbeat:{upbeat}")
         write(RUNS / f"upbeat-{upbeat}.jsonl", [{"answer": answer} for answer in answers])
         scores[upbeat] = torch.tensor(judge([], answers, []))
         rows.append({"what": f"sentiment, log-odds, upbeat {upbeat}", "value": float(scores[upbeat].mean())})
-    gain = scores[9] - scores[1]
+    gain = (scores[9] - scores[1]).view(-1, ANSWERS).mean(1)  # of each opening
     rows.append({"what": "difference", "value": float(gain.mean())})
     rows.append({"what": "its standard error", "value": float(gain.std() / len(gain) ** 0.5)})
     write_results("steerlm", rows)
