@@ -61,6 +61,7 @@ curves: setup
 # SteerLM on dialogues that people rated, GRPO on tasks with a checker: an hour each.
 steerlm: setup
 	$(PIP) --no-deps chitchat-dataset==0.9.0
+	$(PIP) vaderSentiment==3.3.2
 	$(BIN)/python benchmarks/steerlm.py
 
 reasoning: setup

@@ -1,8 +1,9 @@
 """SteerLM on ratings by people: `make steerlm`. 5,988 dialogues of the package chitchat-dataset (MIT), rated 0 to 10.
 
 Attribute model -> labels for dialogues without ratings -> attribute-conditioned SFT on both -> the same prompts with
-upbeat 9 and upbeat 1, whose answers an independent judge of sentiment compares. Writes benchmarks/results/steerlm.csv.
-Needs `pip install --no-deps chitchat-dataset==0.9.0`.
+upbeat 9 and upbeat 1, whose answers judges of sentiment compare: VADER's lexicon (Hutto and Gilbert 2014), made for
+what people write to each other, and the classifier of movie reviews. Writes benchmarks/results/steerlm.csv.
+Needs `pip install --no-deps chitchat-dataset==0.9.0` and `pip install vaderSentiment==3.3.2`.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import torch
 from experiment import ROOT, draw_curves, read, run, write, write_results
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from aligner.checkpoint.default_model import default_model
 from aligner.data.encoder import Encoder
@@ -31,8 +33,8 @@ READ = 256  # tokens of a dialogue, its last ones
 ANNOTATED = 9  # messages of a dialogue without ratings: every answer in it is a sequence for the attribute model
 LEARNT = 192  # tokens of a dialogue, by SFT
 LOW = 5  # and less: half of what SFT sees
-OPENING = 4  # messages before a steered answer, the system's and three of a held-out dialogue
-ANSWERS = 4  # to each
+CONTEXT = 160  # tokens before a steered answer, the last ones
+ANSWERS = 4  # to each held-out dialogue, in place of its last answer
 SYSTEM = {"role": "system", "content": "You are chatting with a stranger."}
 
 
@@ -98,10 +100,10 @@ def linear_correlations(train: list[dict], held_out: list[dict]) -> list[float]:
 
 
 def steered(folder: Path, rows: list[dict], label: str) -> list[str]:
-    """What the model answers to the held-out dialogues' openings when it is asked for these attributes."""
+    """What the model says in place of the held-out dialogues' last answers when it is asked for these attributes."""
     tokenizer, sampler = load_tokenizer(folder), NativeSampler.from_pretrained(folder)
     encoder = Encoder(tokenizer)
-    prompts = [list(encoder.steer(row["messages"][:OPENING], label)[1]) for row in rows]
+    prompts = [list(encoder.steer(row["messages"][:-1], label)[1][-CONTEXT:]) for row in rows]
     sampling = Sampling(max_tokens=32, stop=(tokenizer.eos_token_id,), seed=0)
     responses = sampler.stream(prompts, sampling, n=ANSWERS)
     found = {(r.prompt, r.sample): tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses}
@@ -131,20 +133,27 @@ def main() -> None:
     for k, name in enumerate(NAMES):
         rows.append({"what": f"Spearman, {name}, attribute model", "value": metrics[f"eval/spearman/{k}"]})
         rows.append({"what": f"Spearman, {name}, ridge on words", "value": linear[k]})
-    judge, scores = PositiveReview(), {}
-    for upbeat in (1, 9):
-        answers = steered(tuned / "policy", sides["held-out"], f"upbeat:{upbeat}")
-        write(RUNS / f"upbeat-{upbeat}.jsonl", [{"answer": answer} for answer in answers])
-        scores[upbeat] = torch.tensor(judge([], answers, []))
-        rows.append({"what": f"sentiment, log-odds, upbeat {upbeat}", "value": float(scores[upbeat].mean())})
-    gain = (scores[9] - scores[1]).view(-1, ANSWERS).mean(1)  # of each opening
-    rows.append({"what": "difference", "value": float(gain.mean())})
-    rows.append({"what": "its standard error", "value": float(gain.std() / len(gain) ** 0.5)})
+    answers = {upbeat: steered(tuned / "policy", sides["held-out"], f"upbeat:{upbeat}") for upbeat in (1, 9)}
+    for upbeat, texts in answers.items():
+        write(RUNS / f"upbeat-{upbeat}.jsonl", [{"answer": text} for text in texts])
+    vader, reviews = SentimentIntensityAnalyzer(), PositiveReview()
+    judges = {
+        "VADER, -1 to 1": lambda texts: [vader.polarity_scores(text)["compound"] for text in texts],
+        "movie reviews, log-odds": lambda texts: reviews([], texts, []),
+    }
+    moved = []
+    for name, judge in judges.items():
+        low, high = (torch.tensor(judge(answers[upbeat])).view(-1, ANSWERS).mean(1) for upbeat in (1, 9))
+        error = float((high - low).std() / len(low) ** 0.5)
+        rows.append({"what": f"{name}, upbeat 1", "value": float(low.mean())})
+        rows.append({"what": f"{name}, upbeat 9", "value": float(high.mean())})
+        rows.append({"what": f"{name}, standard error of the difference", "value": error})
+        moved.append(float((high - low).mean()) / error)
     write_results("steerlm", rows)
     print("\n".join(f"{row['what']}: {row['value']:.3f}" for row in rows))
     title = "Attribute-conditioned SFT: loss of a step, nats per token"
     draw_curves("steerlm", title, [(tuned, "loss", "answers of people, after the label of what they said")])
-    if gain.mean() < 2 * gain.std() / len(gain) ** 0.5:
+    if moved[0] < 2:
         raise SystemExit("asking for upbeat 9 in place of 1 did not move the sentiment by two standard errors")
 
 
