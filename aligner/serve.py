@@ -40,6 +40,8 @@ class ServeConfig:
     """PEM file of the certificate chain; with it connections are encrypted."""
     tls_key: str = ""
     """PEM file of its private key."""
+    metrics_port: int | None = None
+    """TCP port of /metrics, for Prometheus; none publishes nothing."""
     request_tokens: int = 65536
     """Tokens that a request may have; about as many are answered at once."""
     queue: int = 256
@@ -89,6 +91,8 @@ def serve_reward(argv: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     if started:
+        if c.metrics_port is not None:
+            print(f"metrics: http://{c.host}:{service.metrics.publish(c.host, c.metrics_port)}/metrics")
         print(f"ready: {c.host}:{started[1]}", flush=True)
     service.run(stop)
     if started:

@@ -30,7 +30,8 @@ def main() -> None:
     lines = read(feedback)
     cut = len(lines) * 7 // 8
     train, rest = write(RUNS / "pairs.jsonl", lines[:cut]), write(RUNS / "pairs-held-out.jsonl", lines[cut:])
-    run(judge, "reward_model", "--model", tuned, "--data", train, "--eval-data", rest, *TRAINED, "--steps", "24")
+    paired = ["--data", train, "--eval-data", rest, "--layers", "12", "--steps", "24"]
+    run(judge, "reward_model", "--model", tuned, *paired, *TRAINED)
     rewards = ["--reward.model", judge, "--eval-data", held_out, "--eval-prompts", HELD_OUT]
     run(ppo, "ppo", "--model", tuned, "--data", prompts, *rewards, *TOKENS, "--steps", "12", "--eval-every", "6")
     first, last = read(ppo / "metrics.jsonl")[0], read(ppo / "metrics.jsonl")[-1]

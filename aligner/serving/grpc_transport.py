@@ -105,7 +105,9 @@ def serve(
                 raise ServiceError(Code.UNAUTHENTICATED, "the token is missing or wrong.")
             future = service.call(endpoint, from_frame(frame))
             context.add_callback(future.cancel)  # whoever hung up is not answered
-            return to_frame(future.result(min(context.time_remaining() or LONGEST_S, LONGEST_S)))
+            reply = to_frame(future.result(min(context.time_remaining() or LONGEST_S, LONGEST_S)))
+            service.metrics.requests.labels(endpoint, "OK").inc()
+            return reply
         except ServiceError as error:
             code, words = error.code, str(error)
         except FutureTimeoutError:
@@ -116,6 +118,7 @@ def serve(
         except Exception:  # gRPC would send what it says to the caller
             print(traceback.format_exc(), file=sys.stderr, flush=True)
             code, words = Code.FAILED, "the service failed; its log says why."
+        service.metrics.requests.labels(endpoint, code.value).inc()
         context.abort(STATUS_OF[code], ascii(f"{code.value}: {words}")[1:-1][:MAX_WORDS])
 
     methods = {

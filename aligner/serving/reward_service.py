@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 from aligner.models.reward_model import RewardModel
 from aligner.run.distributed import gather, is_main
+from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.rewards import last_tokens
 from aligner.serving.service import REWARD, STATUS, Arrays, Code, Limits, Sequences, ServiceError, ServiceStatus, expect
 
+Work = tuple[Sequences, Future, float]  # a request, its answer, when it came by the monotonic clock
 BEAT_S = 1.0  # an idle group meets that often: no process group times out, and a wish to stop reaches all ranks
 
 
@@ -28,8 +30,9 @@ class RewardService:
     def __init__(self, model: RewardModel, digests: dict[str, str], limits: Limits, queue_size: int):
         self.model, self._digests, self._limits = model, digests, limits
         self._identity = {name: np.array(digest) for name, digest in digests.items()}
-        self._waiting: queue.Queue[tuple[Sequences, Future]] = queue.Queue(queue_size)
-        self._next: tuple[Sequences, Future] | None = None  # did not fit into the batch before
+        self.metrics = ServiceMetrics()
+        self._waiting: queue.Queue[Work] = queue.Queue(queue_size)
+        self._next: Work | None = None  # did not fit into the batch before
         self._beat = time.monotonic()
         self._draining = threading.Event()
 
@@ -44,7 +47,7 @@ class RewardService:
         if self._draining.is_set():
             raise ServiceError(Code.UNAVAILABLE, "the service is about to stop.")
         try:
-            self._waiting.put_nowait((sequences, future))
+            self._waiting.put_nowait((sequences, future, time.monotonic()))
         except queue.Full:
             raise ServiceError(Code.BUSY, f"{self._waiting.maxsize} requests wait already.") from None
         return future
@@ -67,7 +70,7 @@ class RewardService:
         """Answers until `stop` is set on any rank and nothing waits; the only code that runs collectives."""
         while True:
             work = self._take() if is_main() else []
-            batch = Sequences.join([request for request, _ in work]) if work else None
+            batch = Sequences.join([request for request, _, _ in work]) if work else None
             batch, leave = _from_first_rank((batch, self._draining.is_set() and not work))
             if leave:
                 return
@@ -77,8 +80,11 @@ class RewardService:
                 self._draining.set()
             self._beat = time.monotonic()
 
-    def _answer(self, work: list[tuple[Sequences, Future]], batch: Sequences) -> None:
+    def _answer(self, work: list[Work], batch: Sequences) -> None:
         """All ranks call it; the first one has the callers of the batch."""
+        began = time.monotonic()
+        for _, _, came in work:
+            self.metrics.queue_seconds.observe(began - came)
         packed = last_tokens(torch.from_numpy(batch.tokens_N), torch.from_numpy(batch.cu_seqlens).int())
         try:
             scores_BK = self.model.infer(packed)[packed.cu_seqlens[1:].long() - 1].numpy()
@@ -86,29 +92,32 @@ class RewardService:
             if not _harmless(error):
                 raise
             print(f"error: a batch of {len(work)} requests failed: {error}", file=sys.stderr, flush=True)
-            for _, future in work:
+            for _, future, _ in work:
                 future.set_exception(ServiceError(Code.FAILED, "the reward model failed; its log says why."))
             return
-        for request, future in work:
+        self.metrics.compute_seconds.observe(time.monotonic() - began)
+        self.metrics.batch_tokens.observe(len(batch.tokens_N))
+        self.metrics.tokens.inc(len(batch.tokens_N))
+        for request, future, _ in work:
             num = len(request.cu_seqlens) - 1
             future.set_result({"rewards_BK": scores_BK[:num], "weights_version": np.array(0), **self._identity})
             scores_BK = scores_BK[num:]
 
-    def _take(self) -> list[tuple[Sequences, Future]]:
+    def _take(self) -> list[Work]:
         """Waiting requests of about request_tokens tokens; the first one that comes within a beat, else none."""
         taken, tokens = [], 0
         while True:
             try:
                 wait = not taken and not self._draining.is_set()
-                request, future = self._next or self._waiting.get(block=wait, timeout=BEAT_S)
+                request, future, came = self._next or self._waiting.get(block=wait, timeout=BEAT_S)
             except queue.Empty:
                 return taken
             self._next = None
             if taken and tokens + len(request.tokens_N) > self._limits.tokens:
-                self._next = request, future
+                self._next = request, future, came
                 return taken
             if future.set_running_or_notify_cancel():  # else its caller has gone
-                taken.append((request, future))
+                taken.append((request, future, came))
                 tokens += len(request.tokens_N)
 
 

@@ -14,6 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
+from aligner.serving.metrics import ServiceMetrics
+
 Arrays = dict[str, np.ndarray]
 REWARD, STATUS = "reward_v1", "status_v1"
 TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64))
@@ -44,7 +46,9 @@ class ServiceError(Exception):
 
 
 class Service(Protocol):
-    """What a transport carries."""
+    """What a transport carries. metrics: where it counts calls."""
+
+    metrics: ServiceMetrics
 
     def call(self, endpoint: str, request: Arrays) -> Future:
         """The future Arrays of the reply. Raises ServiceError when the request is refused at once."""

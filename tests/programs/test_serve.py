@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,12 +155,16 @@ def test_a_service_that_dies_in_the_middle_of_a_run_and_comes_back(folder: Path,
 def test_status_says_what_is_served(served, folder: Path, tmp_path, capsys):
     secret = tmp_path / "secret"
     secret.write_text("correct horse battery staple")
-    service = served("--serve.token-file", str(secret))
+    service = served("--serve.token-file", str(secret), "--serve.metrics-port", "0")
     assert serve.main(["status", service.address, "--token-file", str(secret)]) == 0
     said = capsys.readouterr().out
     assert "kind: reward" in said and "attributes: 1" in said and "draining: false" in said
     assert serve.main(["status", service.address]) == 1
     assert "the token is missing or wrong. (UNAUTHENTICATED)" in capsys.readouterr().err
+    (metrics_at,) = (line.split()[1] for line in service.lines if line.startswith("metrics: "))
+    with urllib.request.urlopen(metrics_at, timeout=10) as answer:
+        said += answer.read().decode()
+    assert 'aligner_requests_total{code="OK",endpoint="status_v1"} 1.0' in said
     assert "correct horse" not in "".join(service.lines) + said
     service.end()
     assert serve.main(["status", service.address, "--token-file", str(secret)]) == 1

@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as arrays
 
 from aligner.serving import grpc_transport
 from aligner.serving.grpc_transport import Connection, from_frame, to_frame
+from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.remote import Patience, RemoteReward
 from aligner.serving.service import REWARD, STATUS, Code, Limits, Sequences, ServiceError, ServiceStatus
 
@@ -124,6 +125,7 @@ class Sums:
 
     def __init__(self, *faults):
         self.faults, self.calls, self.futures = list(faults), [], []
+        self.metrics = ServiceMetrics()
 
     def call(self, endpoint: str, asked: dict) -> Future:
         future: Future = Future()
@@ -321,6 +323,9 @@ def test_callers_without_the_secret_are_refused(served, tmp_path):
         with pytest.raises(ValueError, match=r"the token is missing or wrong\. \(UNAUTHENTICATED\); give --reward"):
             remote(address, **options)
     assert len(service.futures) == 2  # nothing of theirs came through
+    counted = service.metrics.registry.get_sample_value
+    assert counted("aligner_requests_total", {"endpoint": REWARD, "code": "OK"}) == 1
+    assert counted("aligner_requests_total", {"endpoint": STATUS, "code": "UNAUTHENTICATED"}) == 2
     with pytest.raises(ValueError, match="--reward.token-file '.*' cannot be read"):
         remote(address, token_file=str(tmp_path / "none"))
     wrong.write_text("short")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.reward_service import RewardService
 from aligner.serving.service import REWARD, STATUS, Code, Limits, Sequences, ServiceError, ServiceStatus
 
@@ -74,6 +75,10 @@ def test_what_waits_is_answered_in_batches(running):
     assert answers == [[[3, -3]], [[40, -40], [3, -3]], [[80, -80]], [[5, -5]], [[48, -48]]]
     # Ten tokens at most: 5 + 4 + 1, then the one that did not fit.
     assert model.batches == [[[1, 2]], [[10] * 4, [3], [20] * 4, [5]], [[6] * 8]]
+    counted = service.metrics.registry.get_sample_value
+    assert (counted("aligner_tokens_total"), counted("aligner_queue_seconds_count")) == (20, 5)
+    assert (counted("aligner_batch_tokens_sum"), counted("aligner_batch_tokens_count")) == (20, 3)
+    assert counted("aligner_compute_seconds_count") == 3 and counted("aligner_weights_version") == 0
 
 
 def test_who_has_hung_up_is_not_worked_for(running):
@@ -144,3 +149,10 @@ def test_an_idle_service_keeps_a_beat(running):
         "t",
         2,
     )
+
+
+def test_metrics_on_a_port_in_use():
+    metrics = ServiceMetrics()
+    port = metrics.publish("127.0.0.1", 0)
+    with pytest.raises(ValueError, match=f"cannot publish metrics on 127.0.0.1:{port}"):
+        metrics.publish("127.0.0.1", port)
