@@ -21,10 +21,10 @@ ppo: setup
 	$(BIN)/python -m aligner.ppo
 
 test: setup
-	$(BIN)/python -m pytest tests -n 2 -m "not full"
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not full"
 
 test-unit: setup
-	$(BIN)/python -m pytest tests -n 2 -m "not slow and not full"
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not slow and not full"
 
 # More layouts, up to 8 processes.
 test-distributed-full: setup
