@@ -24,9 +24,9 @@ TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Slow tests of one file go to one worker of xdist: what its fixtures make is made once."""
+    """Tests of one file go to one worker of xdist where its fixtures make models and runs: each is made once."""
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.path.parent.name in ("programs", "distributed", "csrc"):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
