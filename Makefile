@@ -20,11 +20,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ppo: setup
 	$(BIN)/python -m aligner.ppo
 
+# A file goes to one worker, whose fixtures make models and runs once.
 test: setup
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not full"
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not full"
 
 test-unit: setup
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not slow and not full"
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow and not full"
 
 # More layouts, up to 8 processes.
 test-distributed-full: setup

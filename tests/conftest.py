@@ -22,14 +22,6 @@ multiprocessing.set_forkserver_preload(
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests of one file go to one worker of xdist where its fixtures make models and runs: each is made once."""
-    for item in items:
-        if item.path.parent.name in ("programs", "distributed", "csrc"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory."""
