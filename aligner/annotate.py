@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from aligner.data import fields
@@ -33,6 +34,9 @@ class Config(ModelToolConfig):
     """Smallest value that is written."""
     high: int = 9
     """Largest one."""
+    tenths: bool = False
+    """Write which tenth of all values of its attribute a value lies in, 0 to 9, in its place: a model's values lie
+    closer together than the ratings that it was trained on."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,21 +64,31 @@ def chat_of(row: dict, where: str) -> list[dict]:
 
 def labelled(c: Config, job: Job, model: RewardModel, chats: list[list[dict]]) -> Iterator[dict]:
     """The conversations with a label on every answer of the assistant."""
-    size = c.batch.prompts
-    for start in range(0, len(chats), size):
-        chunk = chats[start : start + size]
-        turns = [(n, i) for n, chat in enumerate(chunk) for i, m in enumerate(chat) if m["role"] == "assistant" and i]
-        sequences = [job.encoder.conversation(chunk[n][: i + 1], [i]).tokens[-job.shape.context :] for n, i in turns]
-        scores = score(model, sequences) if sequences else []
-        labels = {turn: label(c.names, v, c.low, c.high) for turn, v in zip(turns, scores, strict=True)}
-        for n, chat in enumerate(chunk):
-            said = [
-                {"from": m["role"].capitalize(), "value": m["content"], "label": labels.get((n, i))}
-                for i, m in enumerate(chat)
-                if m["role"] != "system"
-            ]
-            system = next((m["content"] for m in chat if m["role"] == "system"), "")
-            yield {"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
+    turns = [(n, i) for n, chat in enumerate(chats) for i, m in enumerate(chat) if m["role"] == "assistant" and i]
+    values: list[list[float]] = []
+    for start in range(0, len(turns), c.batch.prompts):
+        chunk = [(chats[n][: i + 1], i) for n, i in turns[start : start + c.batch.prompts]]
+        values += score(model, [job.encoder.conversation(chat, [i]).tokens[-job.shape.context :] for chat, i in chunk])
+    if c.tenths and values:
+        values = tenths(values)
+    labels = {turn: label(c.names, v, c.low, c.high) for turn, v in zip(turns, values, strict=True)}
+    for n, chat in enumerate(chats):
+        said = [
+            {"from": m["role"].capitalize(), "value": m["content"], "label": labels.get((n, i))}
+            for i, m in enumerate(chat)
+            if m["role"] != "system"
+        ]
+        system = next((m["content"] for m in chat if m["role"] == "system"), "")
+        yield {"system": system, "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
+
+
+def tenths(values: list[list[float]]) -> list[list[float]]:
+    """Of each column, in which tenth of its values each one lies, from 0; equal ones lie in the same."""
+    columns = []
+    for column in torch.tensor(values).T.contiguous():
+        smaller = torch.searchsorted(column.sort().values, column)
+        columns.append(smaller * 10 // len(column))
+    return torch.stack(columns, 1).tolist()
 
 
 def score(model: RewardModel, sequences: list) -> list[list[float]]:

@@ -1,7 +1,7 @@
 """SteerLM on ratings by people: `make steerlm`. 5,988 dialogues of the package chitchat-dataset (MIT), rated 0 to 10.
 
-Attribute model -> labels for dialogues without ratings -> attribute-conditioned SFT on both -> the same prompts with
-upbeat 9 and upbeat 1, whose answers judges of sentiment compare: VADER's lexicon (Hutto and Gilbert 2014), made for
+Attribute model -> labels, tenths of its values -> attribute-conditioned SFT -> the same prompts with upbeat 1 and
+upbeat 9, whose answers judges of sentiment compare: VADER's lexicon (Hutto and Gilbert 2014), made for
 what people write to each other, and the classifier of movie reviews. Writes benchmarks/results/steerlm.csv.
 Needs `pip install --no-deps chitchat-dataset==0.9.0` and `pip install vaderSentiment==3.3.2`.
 """
@@ -30,11 +30,8 @@ NAMES = ("witty", "upbeat", "interesting")
 UNTOUCHED = [5.0, 5.0, 5.0]  # where the sliders stand before anybody rates; half of the ratings
 MESSAGES = 4  # of a dialogue, at least
 READ = 256  # tokens of a dialogue, its last ones
-ANNOTATED = 9  # messages of a dialogue without ratings: every answer in it is a sequence for the attribute model
-LEARNT = 192  # tokens of a dialogue, by SFT
-LOW = 5  # and less: half of what SFT sees
-CONTEXT = 160  # tokens before a steered answer, the last ones
-ANSWERS = 4  # to each held-out dialogue, in place of its last answer
+WINDOW = 4  # messages that SFT sees of a dialogue, its last ones, or those in its middle
+ANSWERS = 16  # to each held-out dialogue, in place of its last answer
 SYSTEM = {"role": "system", "content": "You are chatting with a stranger."}
 
 
@@ -58,29 +55,15 @@ def dialogues() -> dict[str, list[dict]]:
     return sides
 
 
-def with_label(row: dict) -> dict:
-    """The chat as annotate writes it, with what people said in place of the attribute model."""
-    label = ",".join(f"{name}:{round(value)}" for name, value in zip(NAMES, row["label"], strict=True))
-    said = [
-        {"from": m["role"].capitalize(), "value": m["content"], "label": label if m["role"] == "assistant" else None}
-        for m in row["messages"][1:]
-    ]
-    return {"system": SYSTEM["content"], "mask": "User", "type": "VALUE_TO_TEXT", "conversations": said}
+def window(row: dict, end: int) -> dict:
+    """The system's message and the WINDOW messages before `end`, an answer the last one."""
+    return {"messages": [SYSTEM, *row["messages"][end - WINDOW : end]]}
 
 
-def upbeat_alone(row: dict) -> tuple[int, dict]:
-    """(rating of the last turn, the same chat with labels of one attribute and one digit).
-
-    The attributes hang together so much (0.6 to 0.8) that a model of one label with all three learns nothing of each;
-    and "10" begins as "1" does, to a tokenizer that writes numbers digit by digit.
-    """
-    turns, rating = [], 0
-    for turn in row["conversations"]:
-        if turn["label"]:
-            rating = min(int(dict(pair.split(":") for pair in turn["label"].split(","))["upbeat"]), 9)
-            turn = turn | {"label": f"upbeat:{rating}"}
-        turns.append(turn)
-    return rating, row | {"conversations": turns}
+def upbeat_alone(row: dict) -> dict:
+    """The chat with labels of one attribute: all three hang together so much that one label teaches nothing of each."""
+    turns = [turn | {"label": turn["label"] and turn["label"].split(",")[1]} for turn in row["conversations"]]
+    return row | {"conversations": turns}
 
 
 def linear_correlations(train: list[dict], held_out: list[dict]) -> list[float]:
@@ -103,8 +86,9 @@ def steered(folder: Path, rows: list[dict], label: str) -> list[str]:
     """What the model says in place of the held-out dialogues' last answers when it is asked for these attributes."""
     tokenizer, sampler = load_tokenizer(folder), NativeSampler.from_pretrained(folder)
     encoder = Encoder(tokenizer)
-    prompts = [list(encoder.steer(row["messages"][:-1], label)[1][-CONTEXT:]) for row in rows]
-    sampling = Sampling(max_tokens=32, stop=(tokenizer.eos_token_id,), seed=0)
+    windows = [window(row, len(row["messages"]))["messages"][:-1] for row in rows]
+    prompts = [list(encoder.steer(messages, label)[1]) for messages in windows]
+    sampling = Sampling(max_tokens=32, stop=(tokenizer.eos_token_id,), seed=1)
     responses = sampler.stream(prompts, sampling, n=ANSWERS)
     found = {(r.prompt, r.sample): tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses}
     return [found[key] for key in sorted(found)]
@@ -115,19 +99,20 @@ def main() -> None:
     sides = dialogues()
     print(", ".join(f"{len(rows)} {name}" for name, rows in sides.items()), flush=True)
     rated, held_out = (write(RUNS / f"{name}.jsonl", sides[name]) for name in ("rated", "held-out"))
-    unrated = [{"messages": row["messages"][:ANNOTATED]} for row in sides["unrated"]]
-    unrated = write(RUNS / "unrated.jsonl", unrated)
+    chats = []
+    for i, row in enumerate([*sides["rated"], *sides["unrated"]]):
+        messages = len(row["messages"])
+        chats.append(window(row, messages if i % 2 else 1 + max(WINDOW, messages // 4 * 2)))
+    chats = write(RUNS / "chats.jsonl", chats)
     attributes, annotated, tuned = RUNS / "attributes", RUNS / "annotated.jsonl", RUNS / "tuned"
     trained = ["--loss", "regression", "--layers", "12", "--steps", "100", "--batch.examples", "40"]
     trained += ["--optimizer.warmup-steps", "5", "--eval-every", "50", "--eval-examples", "400"]
     cut = ["--data.too-long", "truncate", "--data.max-tokens"]
     run(attributes, "reward_model", "--data", rated, "--eval-data", held_out, *trained, *cut, READ)
-    run(annotated, "annotate", "--model", attributes, "--names", *NAMES, "--high", "10", "--data", unrated)
-    labelled = [upbeat_alone(row) for row in [*map(with_label, sides["rated"]), *read(annotated)]]
-    low = write(RUNS / "low.jsonl", [row for rating, row in labelled if rating <= LOW])
-    high = write(RUNS / "high.jsonl", [row for rating, row in labelled if rating > LOW])
-    balanced = ["--data", f"{low}:1,{high}:1", *cut, LEARNT]
-    run(tuned, "steerlm", *balanced, "--batch.examples", "16", "--steps", "110", "--optimizer.lr", "5e-4")
+    run(annotated, "annotate", "--model", attributes, "--names", *NAMES, "--tenths", "--data", chats)
+    labelled = write(RUNS / "labelled.jsonl", [upbeat_alone(row) for row in read(annotated)])
+    steps = ["--batch.examples", "32", "--steps", "80", "--optimizer.lr", "5e-4"]
+    run(tuned, "steerlm", "--data", labelled, *cut, READ, *steps)
     metrics, linear = read(attributes / "metrics.jsonl")[-1], linear_correlations(sides["rated"], sides["held-out"])
     rows = []
     for k, name in enumerate(NAMES):

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from aligner import generate
+from aligner.annotate import tenths
 from aligner.data.dataset import DataConfig, Dataset
 from aligner.data.encoder import Encoder
 from aligner.data.formats import SUPERVISED
@@ -123,6 +124,21 @@ def test_labels_are_the_rounded_scores_of_transformers(judge: Path, tokens, tmp_
             assert turn["label"] == ",".join(f"{name}:{v}" for name, v in zip(NAMES, clipped, strict=True))
             seen |= {turn["label"]}
     assert len(seen) >= 3
+
+
+def test_labels_by_tenths(judge: Path, tokens, tmp_path):
+    """A value's tenth is ten times the share of smaller ones, rounded down."""
+    assert tenths([[2.0, 0.0], [1.0, 0.0], [2.0, -1.0], [3.0, 0.0]]) == [[2, 2], [0, 2], [2, 0], [7, 2]]
+    answers = [" ".join([word] * n) for word in ("good", "bad", "funny", "dull") for n in (1, 2, 3)]
+    rows = [{"messages": [user("p1"), assistant(answer)]} for answer in answers]
+    found = lines(annotate(judge, write(tmp_path / "chats.jsonl", rows), tmp_path / "out.jsonl", {"tenths": True}))
+    texts = [chatml(row["messages"]).removesuffix("\n") for row in rows]
+    values = [scores(judge, [tokens(text)])[0].tolist() for text in texts]
+    for row, own in zip(found, values, strict=True):
+        own_tenths = [sum(v[k] < own[k] - 1e-9 for v in values) * 10 // len(values) for k in range(len(NAMES))]
+        wanted = ",".join(f"{name}:{v}" for name, v in zip(NAMES, own_tenths, strict=True))
+        assert row["conversations"][1]["label"] == wanted
+    assert len({row["conversations"][1]["label"] for row in found}) > 6
 
 
 def test_a_number_of_names_that_is_not_the_models_is_refused(folder: Path, judge: Path, tmp_path):
