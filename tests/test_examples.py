@@ -14,8 +14,14 @@ from aligner.run import config
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("examples/slurm/*.sbatch"))
 README = ROOT / "examples" / "README.md"
-MISSING = "not there yet"
-WORDS = {"$MODEL": "model", "$DATA": "data.jsonl", "$RUN": "run", "${RESUME[@]}": "--resume"}
+WORDS = {
+    "$MODEL": "model",
+    "$DATA": "data.jsonl",
+    "$REWARD_MODEL": "runs/rm",
+    "$SECRET": "secret",
+    "$RUN": "run",
+    "${RESUME[@]}": "--resume",
+}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -45,7 +51,7 @@ def sbatch(text: str, name: str) -> int:
 
 
 def program(module: str):
-    return importlib.import_module(module) if (ROOT / f"{module.replace('.', '/')}.py").exists() else None
+    return importlib.import_module(module)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
@@ -61,14 +67,15 @@ def test_script(path: Path):
     for torchrun, module, arguments in found:
         gpus = int(torchrun["--nproc-per-node"])
         assert gpus == sbatch(text, "gpus-per-node")
-        if program(module) is None:
-            assert f"needs {module}, {MISSING}" in text and not arguments
-            continue
-        assert f"needs {module}, {MISSING}" not in text
+        if module == "aligner.serve":
+            assert arguments[0] == "reward"
+            arguments = arguments[1:]
         parsed = config.parse(program(module).Config, arguments)
         layout = parsed.parallel
         assert layout.data(int(torchrun["--nnodes"]) * gpus) >= 2
-        assert parsed.critic.layers % (layout.pipeline * layout.virtual_pipeline) == 0
+        if module == "aligner.ppo":
+            assert parsed.critic.layers % (layout.pipeline * layout.virtual_pipeline) == 0
+            assert bool(parsed.reward.url) == ("aligner.serve" in [name for _, name, _ in found])
         assert gpus % layout.tensor == 0  # tensor parallelism stays within a node
 
 
@@ -94,6 +101,8 @@ def test_readme_names_every_script_its_layout_and_only_options_that_exist():
 def test_every_option_named_anywhere_exists():
     """In comments and prose too."""
     known = {f"--{name}" for name in config.flat(program("aligner.ppo").Config())}
+    known |= {f"--{name}" for name in config.flat(program("aligner.serve").Config())}
+    known |= {f"--{name}" for name in config.flat(program("aligner.serve").StatusConfig())}
     known |= {"--data"}  # short for --data.files
     known |= set(re.findall(r"--[a-z][a-z-]+", torchrun_program.get_args_parser().format_help()))
     slurm = {"--nodes", "--relative", "--kill-on-bad-exit", "--job-name", "--gpus-per-node", "--ntasks-per-node"}
