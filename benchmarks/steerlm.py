@@ -31,7 +31,7 @@ UNTOUCHED = [5.0, 5.0, 5.0]  # where the sliders stand before anybody rates; hal
 MESSAGES = 4  # of a dialogue, at least
 READ = 256  # tokens of a dialogue, its last ones
 WINDOW = 4  # messages that SFT sees of a dialogue, its last ones, or those in its middle
-ANSWERS = 4  # to each held-out dialogue, in place of its last answer
+ANSWERS = 16  # to each held-out dialogue, in place of its last answer
 SYSTEM = {"role": "system", "content": "You are chatting with a stranger."}
 
 
@@ -88,7 +88,7 @@ def steered(folder: Path, rows: list[dict], label: str) -> list[str]:
     encoder = Encoder(tokenizer)
     windows = [window(row, len(row["messages"]))["messages"][:-1] for row in rows]
     prompts = [list(encoder.steer(messages, label)[1]) for messages in windows]
-    sampling = Sampling(max_tokens=32, stop=(tokenizer.eos_token_id,), seed=0)
+    sampling = Sampling(max_tokens=32, stop=(tokenizer.eos_token_id,), seed=1)
     responses = sampler.stream(prompts, sampling, n=ANSWERS)
     found = {(r.prompt, r.sample): tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses}
     return [found[key] for key in sorted(found)]
