@@ -46,6 +46,8 @@ def main() -> None:
         {"what": "KL, nats per response", "value": last["eval/kl/mean"]},
         {"what": "win rate against SFT on revisions", "value": json.loads(verdict.read_text())["win_rate"]},
     ]
+    unsure = sum(line["chosen_reward"] < 0.6 for line in lines)
+    rows.append({"what": f"pairs of {len(lines)} whose p is within 0.1 of a half", "value": unsure})
     write_results("constitutional", rows)
     print("\n".join(f"{row['what']}: {row['value']:.3f}" for row in rows))
     curves = (("eval/reward/mean", "held out"), ("reward/mean", "of a step"))

@@ -107,13 +107,17 @@ def more(folder: Path) -> Path:
     return in_two_processes(folder, MORE_LAYOUTS)
 
 
+MORE_RUNS = [  # variations are trained with all weights
+    pytest.param(program, layout, rank, id=f"{program.title}-{layout}")
+    for layout, (_, rank) in MORE_LAYOUTS.items()
+    for program in (PROGRAMS if rank else [*PROGRAMS, *VARIATIONS])
+]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("layout", MORE_LAYOUTS)
-@pytest.mark.parametrize("program", [*PROGRAMS, *VARIATIONS], ids=lambda program: program.title)
-def test_more_layouts(program: Program, layout: str, alone, more):
-    rank = MORE_LAYOUTS[layout][1]
-    if not program.variation or not rank:  # variations are trained with all weights
-        check_two(program, more / f"{layout}-{program.title}", alone[program.title, rank])
+@pytest.mark.parametrize(("program", "layout", "rank"), MORE_RUNS)
+def test_more_layouts(program: Program, layout: str, rank: int, alone, more):
+    check_two(program, more / f"{layout}-{program.title}", alone[program.title, rank])
 
 
 @every_program
