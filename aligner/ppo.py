@@ -26,18 +26,18 @@ from aligner import ops
 from aligner.data.batch import PolicyBatch, Rollout, ValueBatch, minibatches
 from aligner.job.actor import Actor, load_prompts, load_rewards
 from aligner.job.config import OnlineConfig
+from aligner.job.critic import critic_plans, open_critic
 from aligner.job.job import Job, Logged
 from aligner.losses.kl import adapted_kl_coef, kl_estimate
 from aligner.losses.policy import clipped_policy_loss, token_weights
 from aligner.losses.statistics import estimate_statistics, sampler_statistics, update_statistics
-from aligner.losses.value import clipped_value_loss
-from aligner.models.critic import Critic, CriticConfig
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
 from aligner.models.parallel import NetworkPlan
 from aligner.models.policy import Policy
 from aligner.run import config as options
 from aligner.serving.local import LocalCritic
+from aligner.serving.remote_critic import RemoteCritic, ServedCriticConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Config(OnlineConfig):
     critic_warmup_steps: int = 0
     """First steps, of --steps, that train the critic only."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    critic: CriticConfig = field(default_factory=CriticConfig)
+    critic: ServedCriticConfig = field(default_factory=ServedCriticConfig)
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Run:
     job: Job
     actor: Actor
     policy: Policy
-    critic: LocalCritic
+    critic: LocalCritic | RemoteCritic
     kl_coef: float
 
 
@@ -113,7 +113,7 @@ def step(run: Run, number: int) -> Logged:
 
     order = list(minibatches(b.sequences, b.minibatch_sequences, b.epochs, torch.Generator().manual_seed(seed)))
     with timers("train_critic"):
-        critic_stats = run.critic.train(value_batch, order, partial(clipped_value_loss, clip=c.critic.value_clip))
+        critic_stats = run.critic.train(value_batch, order)
     policy_stats = []
     if number > c.critic_warmup_steps:
         with timers("train_policy"):
@@ -165,22 +165,18 @@ def update(run: Run, mini: PolicyBatch) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> int:
     config = options.parse(Config, argv)
     job, p, c = Job("ppo", config), config.policy, config.critic
-    critic_shape = c.shape(job.shape)
-    plans = (
-        NetworkPlan(name="policy", shape=job.shape, lora=p.lora),
-        NetworkPlan(name="critic", shape=critic_shape, lora=c.lora, value_head=job.shape.hidden + 1),
-    )
+    plans = (NetworkPlan(name="policy", shape=job.shape, lora=p.lora), *critic_plans(job, c))
     if job.dry_run(*plans):
         return 0
     train, held_out = load_prompts(job)
     job.begin()
     rewards = load_rewards(job, config.reward)
     policy = job.policy(p.lora, p.optimizer, temperature=config.sampling.temperature)
-    critic = Critic(critic_shape, job.read, lora=c.lora, optimizer=c.optimizer, **job.shared())
+    critic = open_critic(job, c)
     job.restore(policy=policy, critic=critic)
-    actor = Actor(job, policy, train, held_out, rewards, critic.network)
+    actor = Actor(job, policy, train, held_out, rewards, *critic.networks)
     kl_coef = job.plain().get("plain", {}).get("kl_coef", config.kl_coef)
-    run = Run(config=config, job=job, actor=actor, policy=policy, critic=LocalCritic(critic), kl_coef=kl_coef)
+    run = Run(config=config, job=job, actor=actor, policy=policy, critic=critic, kl_coef=kl_coef)
     return job.repeat(
         step=partial(step, run),
         evaluate=actor.evaluate,

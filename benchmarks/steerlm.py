@@ -1,8 +1,9 @@
 """SteerLM on ratings by people: `make steerlm`. 5,988 dialogues of the package chitchat-dataset (MIT), rated 0 to 10.
 
-Attribute model -> labels, tenths of its values -> attribute-conditioned SFT -> the same prompts with upbeat 1 and
-upbeat 9, whose answers judges of sentiment compare: VADER's lexicon (Hutto and Gilbert 2014), made for
-what people write to each other, and the classifier of movie reviews. Writes benchmarks/results/steerlm.csv.
+Attribute model -> labels, tenths of its values -> attribute-conditioned SFT on answers of the two lowest and the two
+highest tenths -> dialogues that nothing was trained on go on with upbeat 1 and upbeat 9, and judges of sentiment
+compare the answers: VADER's lexicon (Hutto and Gilbert 2014), made for what people write to each other, and the
+classifier of movie reviews. Writes benchmarks/results/steerlm.csv.
 Needs `pip install --no-deps chitchat-dataset==0.9.0` and `pip install vaderSentiment==3.3.2`.
 """
 
@@ -30,34 +31,50 @@ NAMES = ("witty", "upbeat", "interesting")
 UNTOUCHED = [5.0, 5.0, 5.0]  # where the sliders stand before anybody rates; half of the ratings
 MESSAGES = 4  # of a dialogue, at least
 READ = 256  # tokens of a dialogue, its last ones
-WINDOW = 4  # messages that SFT sees of a dialogue, its last ones, or those in its middle
-ANSWERS = 16  # to each held-out dialogue, in place of its last answer
+WINDOW = 4  # messages that SFT sees of a dialogue at once
+APART = 7  # messages from the end of one window to that of the one before; odd, so that both speakers answer
+WINDOWS = 4  # of a dialogue, at most
+EXTREMES = "0189"  # tenths whose answers are learnt
+PROMPTS = 300  # dialogues that go on in place of their last message
+ANSWERS = 16  # to each
 SYSTEM = {"role": "system", "content": "You are chatting with a stranger."}
 
 
 def dialogues() -> dict[str, list[dict]]:
-    """Chats that end with the assistant's message: rated ones, one in eight of them held out, and ones without."""
+    """Chats that end with the assistant's message: rated ones, one in eight of them held out, and ones without.
+
+    "untouched" ones are those whose ratings stand where the sliders stood; nothing is trained on them.
+    """
     folder = Path(importlib.util.find_spec("chitchat_dataset").submodule_search_locations[0])
-    sides: dict[str, list[dict]] = {"rated": [], "held-out": [], "unrated": []}
+    sides: dict[str, list[dict]] = {"rated": [], "held-out": [], "unrated": [], "untouched": []}
     for name, dialogue in json.loads((folder / "dataset.json").read_text()).items():
         turns = [" ".join(m["text"].strip() for m in group) for group in dialogue["messages"]]
         turns = turns[: len(turns) // 2 * 2]
         ratings = [float(dialogue["ratings"][n]) for n in NAMES] if dialogue.get("ratings") else None
-        if len(turns) < MESSAGES or not all(turns) or ratings == UNTOUCHED:
+        if len(turns) < MESSAGES or not all(turns):
             continue
         said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
         row = {"messages": [SYSTEM, *said]}
-        if ratings is None:
-            sides["unrated"].append(row)
+        if ratings is None or ratings == UNTOUCHED:
+            sides["untouched" if ratings else "unrated"].append(row)
         else:
             held_out = hashlib.sha256(name.encode()).digest()[0] % 8 == 0
             sides["held-out" if held_out else "rated"].append(row | {"label": ratings})
     return sides
 
 
-def window(row: dict, end: int) -> dict:
-    """The system's message and the WINDOW messages before `end`, an answer the last one."""
-    return {"messages": [SYSTEM, *row["messages"][end - WINDOW : end]]}
+def windows(row: dict, most: int) -> list[dict]:
+    """Chats of WINDOW messages that end APART messages from each other; whoever spoke last is the assistant."""
+    said = row["messages"][1:]
+    parts = [said[end - WINDOW : end] for end in range(len(said), WINDOW - 1, -APART)][:most]
+    roles = [("user", "assistant")[i % 2] for i in range(WINDOW)]
+    named = [[m | {"role": role} for m, role in zip(part, roles, strict=True)] for part in parts]
+    return [{"messages": [SYSTEM, *part]} for part in named]
+
+
+def is_extreme(row: dict) -> bool:
+    """Whether the last answer is among those that are learnt."""
+    return row["conversations"][-1]["label"][-1] in EXTREMES
 
 
 def upbeat_alone(row: dict) -> dict:
@@ -83,12 +100,11 @@ def linear_correlations(train: list[dict], held_out: list[dict]) -> list[float]:
 
 
 def steered(folder: Path, rows: list[dict], label: str) -> list[str]:
-    """What the model says in place of the held-out dialogues' last answers when it is asked for these attributes."""
+    """What the model says in place of the dialogues' last messages when it is asked for these attributes."""
     tokenizer, sampler = load_tokenizer(folder), NativeSampler.from_pretrained(folder)
     encoder = Encoder(tokenizer)
-    windows = [window(row, len(row["messages"]))["messages"][:-1] for row in rows]
-    prompts = [list(encoder.steer(messages, label)[1]) for messages in windows]
-    sampling = Sampling(max_tokens=32, stop=(tokenizer.eos_token_id,), seed=1)
+    prompts = [list(encoder.steer(windows(row, 1)[0]["messages"][:-1], label)[1]) for row in rows]
+    sampling = Sampling(max_tokens=64, stop=(tokenizer.eos_token_id,), seed=1)
     responses = sampler.stream(prompts, sampling, n=ANSWERS)
     found = {(r.prompt, r.sample): tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses}
     return [found[key] for key in sorted(found)]
@@ -99,26 +115,24 @@ def main() -> None:
     sides = dialogues()
     print(", ".join(f"{len(rows)} {name}" for name, rows in sides.items()), flush=True)
     rated, held_out = (write(RUNS / f"{name}.jsonl", sides[name]) for name in ("rated", "held-out"))
-    chats = []
-    for i, row in enumerate([*sides["rated"], *sides["unrated"]]):
-        messages = len(row["messages"])
-        chats.append(window(row, messages if i % 2 else 1 + max(WINDOW, messages // 4 * 2)))
-    chats = write(RUNS / "chats.jsonl", chats)
+    parts = [part for row in [*sides["rated"], *sides["unrated"]] for part in windows(row, WINDOWS)]
+    chats = write(RUNS / "chats.jsonl", parts)
     attributes, annotated, tuned = RUNS / "attributes", RUNS / "annotated.jsonl", RUNS / "tuned"
     trained = ["--loss", "regression", "--layers", "12", "--steps", "100", "--batch.examples", "40"]
     trained += ["--optimizer.warmup-steps", "5", "--eval-every", "50", "--eval-examples", "400"]
     cut = ["--data.too-long", "truncate", "--data.max-tokens"]
     run(attributes, "reward_model", "--data", rated, "--eval-data", held_out, *trained, *cut, READ)
     run(annotated, "annotate", "--model", attributes, "--names", *NAMES, "--tenths", "--data", chats)
-    labelled = write(RUNS / "labelled.jsonl", [upbeat_alone(row) for row in read(annotated)])
-    steps = ["--batch.examples", "32", "--steps", "80", "--optimizer.lr", "5e-4"]
+    rows = [row for row in map(upbeat_alone, read(annotated)) if is_extreme(row)]
+    labelled = write(RUNS / "labelled.jsonl", rows)
+    steps = ["--batch.examples", "8", "--steps", "500", "--optimizer.lr", "1e-3", "--optimizer.decay-steps", "500"]
     run(tuned, "steerlm", "--data", labelled, *cut, READ, *steps)
     metrics, linear = read(attributes / "metrics.jsonl")[-1], linear_correlations(sides["rated"], sides["held-out"])
     rows = []
     for k, name in enumerate(NAMES):
         rows.append({"what": f"Spearman, {name}, attribute model", "value": metrics[f"eval/spearman/{k}"]})
         rows.append({"what": f"Spearman, {name}, ridge on words", "value": linear[k]})
-    answers = {upbeat: steered(tuned / "policy", sides["held-out"], f"upbeat:{upbeat}") for upbeat in (1, 9)}
+    answers = {upbeat: steered(tuned / "policy", sides["untouched"][:PROMPTS], f"upbeat:{upbeat}") for upbeat in (1, 9)}
     for upbeat, texts in answers.items():
         write(RUNS / f"upbeat-{upbeat}.jsonl", [{"answer": text} for text in texts])
     vader, reviews = SentimentIntensityAnalyzer(), PositiveReview()

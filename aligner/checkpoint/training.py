@@ -5,6 +5,8 @@ parallel layout. Only Megatron's own writer is not used: it starts a manager pro
 for a tiny state and needs a `__main__` guard in every program. torch's writer makes the same files in this process.
 """
 
+import os
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -65,14 +67,32 @@ def save(run: Path, step: int, state: dict[str, dict]) -> Path:
     return folder
 
 
-def latest(run: Path) -> Path:
-    """The newest checkpoint of a run. Raises ValueError when there is none."""
-    folders = [f for f in (Path(run) / "checkpoints").glob("step-*") if _is_complete(f)]
-    if not folders:
+def steps(run: Path) -> list[int]:
+    """Steps of the checkpoints of a run, ascending."""
+    folders = (Path(run) / "checkpoints").glob("step-*")
+    return sorted(int(folder.name.removeprefix("step-")) for folder in folders if _is_complete(folder))
+
+
+def latest(run: Path, step: int | None = None) -> Path:
+    """The newest checkpoint of a run, or that of `step`. Raises ValueError when there is none."""
+    found = steps(run)
+    if not found:
         raise ValueError(
             f"{str(run)!r} has no checkpoints/step-*/metadata.json; give a run folder, or leave --resume out."
         )
-    return max(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
+    if step is not None and step not in found:
+        raise ValueError(
+            f"{str(run)!r} has no checkpoint of step {step}, only of {', '.join(map(str, found))}; choose one of them."
+        )
+    return Path(run) / "checkpoints" / f"step-{found[-1] if step is None else step}"
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename the newer checkpoints of its run to left-<k>, so that what goes on from it finds none. On one rank."""
+    folder, number = checkpoint.parent, int(checkpoint.name.removeprefix("step-"))
+    for newer in (k for k in steps(folder.parent) if k > number):
+        shutil.rmtree(folder / f"left-{newer}", ignore_errors=True)
+        os.rename(folder / f"step-{newer}", folder / f"left-{newer}")
 
 
 def read_plain(folder: Path) -> dict:

@@ -102,7 +102,7 @@ class ValueBatch(Packed):
     weights_N: (N,) float32, dimensionless. Weight of each token in the loss; 0 outside action tokens.
     """
 
-    rollout: Rollout
+    rollout: "Rollout | SupervisedBatch"
     old_values_N: Tensor
     returns_N: Tensor
     weights_N: Tensor

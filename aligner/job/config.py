@@ -61,6 +61,8 @@ class ProgramConfig(JobConfig):
     """Run folder; default runs/<program>-<time>."""
     resume: bool = False
     """Go on from the newest checkpoint in --output."""
+    resume_step: int | None = None
+    """Go on from the checkpoint of this step instead; newer ones are renamed."""
     save_every: int = 0
     """Steps between checkpoints; 0 saves at the end only."""
     eval_every: int = 0
@@ -72,6 +74,8 @@ class ProgramConfig(JobConfig):
         super().__post_init__()
         if min(self.steps, self.save_every, self.eval_every) < 0:
             raise ValueError("steps, save-every and eval-every must be 0 or more.")
+        if self.resume_step is not None and not self.resume:
+            raise ValueError(f"resume-step {self.resume_step} is of a run that goes on; add --resume.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ class Job:
         """Find the checkpoint to resume from, join the processes, make the run folder."""
         c = self.config
         if c.resume and c.output:
-            self.checkpoint = training.latest(c.output)
+            self.checkpoint = training.latest(c.output, c.resume_step)
             self.start = self.plain()["step"]
         self.join()
         needed_bytes = 2 * self.shape.num_bytes()
@@ -122,6 +122,8 @@ class Job:
         if self.checkpoint:
             training.restore(self.checkpoint, networks)
             self.directory.truncate(self.start or -1)  # a run that was stopped before its first step evaluates again
+            if distributed.is_main():
+                training.set_aside(self.checkpoint)
 
     def repeat(
         self,

@@ -30,6 +30,7 @@ STATUS_OF = {
     Code.BUSY: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     Code.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Code.PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
     Code.FAILED: grpc.StatusCode.INTERNAL,
 }
 OPTIONS = [

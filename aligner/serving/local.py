@@ -2,33 +2,40 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
-from torch import Tensor
-
+from aligner.losses.value import clipped_value_loss
 from aligner.models.critic import Critic
+from aligner.models.network import Stats
 
 
 class LocalCritic:
-    """Answers with futures that are already resolved: here the critic and the policy share the same cores."""
+    """Answers with futures that are already resolved: here the critic and the policy share the same cores.
 
-    def __init__(self, critic: Critic):
-        self.critic = critic
+    value_clip: of the loss (models.critic.CriticConfig).
+    """
+
+    def __init__(self, critic: Critic, value_clip: float | None):
+        self.critic, self._clip = critic, value_clip
+        self.networks = (critic.network,)
+        self.state_dict, self.load_state_dict = critic.state_dict, critic.load_state_dict
 
     def infer(self, rollout) -> Future:
         """values_N of the action tokens, float32, reward units."""
         return _now(lambda: self.critic.infer(rollout))
 
-    def train(self, batch, steps: Iterable[list[int]], loss: Callable) -> Future:
-        """One optimizer step on each list of sequences; `loss(values_N, micro_batch, num_tokens)`.
+    def train(self, batch, steps: Iterable[list[int]]) -> Future:
+        """One optimizer step on each list of sequences of a data.batch.ValueBatch.
 
         Resolves to a list of statistics, one dict an optimizer step.
         """
-        return _now(lambda: [self._step(batch.take(sequences), loss) for sequences in steps])
+        return _now(lambda: [self._step(batch.take(sequences)) for sequences in steps])
 
-    def _step(self, mini, loss: Callable) -> dict[str, Tensor]:
+    def _step(self, mini) -> Stats:
         num_tokens = float(mini.weights_N.sum())
-        return self.critic.update(mini, lambda values_N, micro: loss(values_N, micro, num_tokens))
+        loss = partial(clipped_value_loss, num_tokens=num_tokens, clip=self._clip)
+        return self.critic.update(mini, lambda values_N, micro: loss(values_N, micro))
 
 
 def _now(compute: Callable[[], Any]) -> Future:

@@ -1,4 +1,4 @@
-"""A reward model that another job serves, behind the methods of one in this process."""
+"""Services of other jobs, asked with patience, and the reward model among them."""
 
 import random
 import threading
@@ -25,14 +25,91 @@ class Patience:
     start_s: float = 60.0
 
 
+class Remote:
+    """One service, asked again as long as that may help; any thread may call.
+
+    what: the service in words, for errors. command: that starts it. options: group of the options that name it here.
+    address: host:port. token_file: file with its secret; empty for none. authority: PEM file of the certificates to
+    trust; with it the connection is encrypted.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        address: str,
+        *,
+        options: str,
+        token_file: str = "",
+        authority: str = "",
+        patience: Patience | None = None,
+    ):
+        self.what, self.address, self.patience = what, address, patience or Patience()
+        self._options = options
+        token = read_secret(token_file, f"{options}.token-file") if token_file else ""
+        trusted = read_bytes(authority, f"{options}.tls-ca") if authority else None
+        self._connection = Connection(address, token=token, authority=trusted)
+        self._given_up = threading.Event()
+
+    def start(self, kind: str, tokenizer: str) -> ServiceStatus:
+        """Wait until it is ready. Raises ValueError when it is not in time, or does not fit.
+
+        tokenizer: digest of the run's.
+        """
+        status = self.status(self.patience.start_s)
+        if status.kind != kind:
+            raise ValueError(f"{self.address} serves a {status.kind}, expected a {self.what}.")
+        if status.tokenizer != tokenizer:
+            raise ValueError(
+                f"the {self.what} at {self.address} has another tokenizer than the model, so it cannot read its "
+                "responses; serve one of the same family."
+            )
+        return status
+
+    def status(self, total_s: float | None = None) -> ServiceStatus:
+        return ServiceStatus.of(self.call(STATUS, {}, total_s))
+
+    def call(
+        self, endpoint: str, request: Arrays, total_s: float | None = None, *, passes: tuple[Code, ...] = ()
+    ) -> Arrays:
+        """The reply. total_s: seconds of all tries. Raises ValueError, or ServiceError for the codes in `passes`."""
+        total_s = self.patience.total_s if total_s is None else total_s
+        began, tries, pause = time.monotonic(), 0, PAUSE_S
+        since = time.strftime("%H:%M:%S")
+        while True:
+            if self._given_up.is_set():
+                raise ValueError(f"the {self.what} at {self.address} has not answered another request.")
+            tries += 1
+            left = total_s - (time.monotonic() - began)
+            try:
+                return self._connection.call(endpoint, request, min(self.patience.deadline_s, max(left, 0.1)))
+            except ServiceError as error:
+                left = total_s - (time.monotonic() - began)
+                if error.code in passes:
+                    raise
+                if not error.code.repeatable:
+                    unknown = error.code is Code.UNAUTHENTICATED
+                    hint = f"give --{self._options}.token-file" if unknown else "look at its log"
+                    raise ValueError(
+                        f"the {self.what} at {self.address} refused: {error} ({error.code.value}); {hint}."
+                    ) from None
+                if left <= 0:
+                    self._given_up.set()
+                    raise ValueError(
+                        f"the {self.what} at {self.address} has not answered since {since} ({tries} tries; the last "
+                        f"one: {error}); check that `python -m aligner.serve {self._options}` runs there, that its "
+                        "port is open to this machine, and whether it speaks TLS."
+                    ) from None
+            self._given_up.wait(min(pause * random.uniform(0.5, 1.0), left))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
 class RemoteReward:
     """A served reward model.
 
         r = sum_k weight_k r_k
 
     address: host:port of `python -m aligner.serve reward`. weights: of the attributes that it gives.
-    token_file: file with the service's secret; empty for none. authority: PEM file of the certificates to trust; with
-        it the connection is encrypted.
+    token_file, authority: as of Remote.
     """
 
     def __init__(
@@ -44,26 +121,17 @@ class RemoteReward:
         authority: str = "",
         patience: Patience | None = None,
     ):
-        self.address, self._weights_K, self._patience = address, np.array(list(weights)), patience or Patience()
-        token = read_secret(token_file, "reward.token-file") if token_file else ""
-        trusted = read_bytes(authority, "reward.tls-ca") if authority else None
-        self._connection = Connection(address, token=token, authority=trusted)
+        self.address, self._weights_K = address, np.array(list(weights))
+        shared = {"token_file": token_file, "authority": authority, "patience": patience}
+        self._remote = Remote("reward model", address, options="reward", **shared)
         self._status: ServiceStatus | None = None
-        self._given_up = threading.Event()
 
     def check(self, tokenizer: str) -> None:
         """Wait until it is ready. Raises ValueError when it is not in time, or does not fit.
 
         tokenizer: digest of the run's.
         """
-        status = ServiceStatus.of(self._call(STATUS, {}, self._patience.start_s))
-        if status.kind != "reward":
-            raise ValueError(f"{self.address} serves a {status.kind}, expected a reward model.")
-        if status.tokenizer != tokenizer:
-            raise ValueError(
-                f"the reward model at {self.address} has another tokenizer than the model, so it cannot read its "
-                "responses; serve one of the same family."
-            )
+        status = self._remote.start("reward", tokenizer)
         if status.attributes != len(self._weights_K):
             raise ValueError(
                 f"reward.attribute-weights has {len(self._weights_K)} numbers, the reward model at {self.address} "
@@ -74,12 +142,10 @@ class RemoteReward:
     def score(self, sequences: list[list[int]]) -> list[float]:
         """Rewards of whole sequences, prompts and responses. Raises ValueError when there is no answer."""
         rewards: list[float] = []
-        for part in _parts(sequences, self._status.request_tokens):
-            reply = self._call(REWARD, Sequences.pack(part).arrays(), self._patience.total_s)
-            if any(reply[name].item() != getattr(self._status, name) for name in ("model", "tokenizer")):
-                raise ValueError(
-                    f"{self.address} serves another reward model than when this run began; serve the first one again."
-                )
+        for part in parts(list(map(len, sequences)), self._status.request_tokens):
+            packed = Sequences.pack([sequences[i] for i in part])
+            reply = self._remote.call(REWARD, packed.arrays())
+            check_identity(self._remote, reply, self._status)
             rewards += (reply["rewards_BK"].astype(np.float64) @ self._weights_K).tolist()
         if len(rewards) != len(sequences) or not np.isfinite(rewards).all():
             raise ValueError(
@@ -88,45 +154,25 @@ class RemoteReward:
             )
         return rewards
 
-    def _call(self, endpoint: str, request: Arrays, total_s: float) -> Arrays:
-        """Tried again as long as that may help: inference changes nothing."""
-        began, tries, pause = time.monotonic(), 0, PAUSE_S
-        since = time.strftime("%H:%M:%S")
-        while True:
-            if self._given_up.is_set():
-                raise ValueError(f"the reward model at {self.address} has not answered another request.")
-            tries += 1
-            left = total_s - (time.monotonic() - began)
-            try:
-                return self._connection.call(endpoint, request, min(self._patience.deadline_s, max(left, 0.1)))
-            except ServiceError as error:
-                left = total_s - (time.monotonic() - began)
-                if not error.code.repeatable:
-                    hint = "give --reward.token-file" if error.code is Code.UNAUTHENTICATED else "look at its log"
-                    raise ValueError(
-                        f"the reward model at {self.address} refused: {error} ({error.code.value}); {hint}."
-                    ) from None
-                if left <= 0:
-                    self._given_up.set()
-                    raise ValueError(
-                        f"the reward model at {self.address} has not answered since {since} ({tries} tries; the last "
-                        f"one: {error}); check that `python -m aligner.serve reward` runs there, that its port is open "
-                        "to this machine, and whether it speaks TLS."
-                    ) from None
-            self._given_up.wait(min(pause * random.uniform(0.5, 1.0), left))
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+def check_identity(remote: Remote, reply: Arrays, first: ServiceStatus) -> None:
+    """Raise ValueError when a reply does not come from the model and tokenizer that the service had at first."""
+    if any(reply[name].item() != getattr(first, name) for name in ("model", "tokenizer")):
+        raise ValueError(
+            f"{remote.address} serves another {remote.what} than when this run began; serve the first one again."
+        )
 
 
-def _parts(sequences: list[list[int]], most: int) -> list[list[list[int]]]:
-    """Runs of sequences of at most `most` tokens; a longer sequence makes one of its own."""
-    parts, tokens = [], 0
-    for sequence in sequences:
-        if not parts or tokens + len(sequence) > most:
-            parts.append([])
+def parts(lengths: list[int], most: int) -> list[list[int]]:
+    """Runs of sequences, by index, of at most `most` tokens; a longer sequence makes one of its own."""
+    runs, tokens = [], 0
+    for i, length in enumerate(lengths):
+        if not runs or tokens + length > most:
+            runs.append([])
             tokens = 0
-        parts[-1].append(sequence)
-        tokens += len(sequence)
-    return parts
+        runs[-1].append(i)
+        tokens += length
+    return runs
 
 
 def read_bytes(file: str, option: str) -> bytes:

@@ -1,12 +1,19 @@
 """The contract of the services, whatever carries it: endpoints, requests and replies as named arrays, stable errors.
 
-    reward_v1   tokens_N, cu_seqlens -> rewards_BK, weights_version, model, tokenizer     inference, safe to repeat
-    status_v1   -> ServiceStatus                                                          the real test of readiness
+    reward_v1         tokens_N, cu_seqlens -> rewards_BK, weights_version, model, tokenizer     inference
+    critic_values_v1  ValuesRequest -> values_A, weights_version, model, tokenizer              inference
+    critic_train_v1   TrainRequest -> weights_version, replayed, names, statistics_SK           done once
+    critic_save_v1    run_id, weights_version -> weights_version                                done once
+    status_v1         -> ServiceStatus                                                          is it ready?
 
-A service checks a request before it enqueues it, so that a bad one costs its sender an error and nobody else anything.
+All are safe to repeat. A service checks a request before it enqueues it, so that a bad one costs its sender an error
+and nobody else anything.
+A critic's weights_version counts its training requests. Whoever asks says which version is to answer, and is refused
+with both numbers when another one would; so no value comes from other weights than its caller believes.
 Names carry a version: a change that an older client would misread gets a new one.
 """
 
+import hashlib
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -18,6 +25,7 @@ from aligner.serving.metrics import ServiceMetrics
 
 Arrays = dict[str, np.ndarray]
 REWARD, STATUS = "reward_v1", "status_v1"
+VALUES, TRAIN, SAVE = "critic_values_v1", "critic_train_v1", "critic_save_v1"
 TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64))
 
 
@@ -29,6 +37,7 @@ class Code(Enum):
     BUSY = "BUSY"  # the queue is full
     UNAVAILABLE = "UNAVAILABLE"  # nobody there, or about to leave
     DEADLINE = "DEADLINE"
+    PRECONDITION = "PRECONDITION"  # the service's weights, or the run that they belong to, are others
     FAILED = "FAILED"  # the service's own work
 
     @property
@@ -93,10 +102,15 @@ class Sequences:
         return {"tokens_N": self.tokens_N, "cu_seqlens": self.cu_seqlens}
 
     @staticmethod
-    def of(arrays: Arrays, limits: Limits) -> "Sequences":
-        """Raises ServiceError INVALID, which names the array, unless they are whole sequences within the limits."""
-        expect(set(arrays) == {"tokens_N", "cu_seqlens"}, f"got {sorted(arrays)}, expected tokens_N and cu_seqlens")
-        for name, array in arrays.items():
+    def of(arrays: Arrays, limits: Limits, *others: str) -> "Sequences":
+        """Raises ServiceError INVALID, which names the array, unless they are whole sequences within the limits.
+
+        others: names of the arrays that come with them.
+        """
+        names = ("tokens_N", "cu_seqlens", *others)
+        expect(set(arrays) == set(names), f"got {sorted(arrays)}, expected {' and '.join(names)}")
+        for name in ("tokens_N", "cu_seqlens"):
+            array = arrays[name]
             expect(
                 array.dtype in TOKEN_TYPES and array.ndim == 1,
                 f"{name} is {array.dtype} of shape {array.shape}, expected int32 or int64 of one dimension",
@@ -120,13 +134,139 @@ class Sequences:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValuesRequest:
+    """Values of the action tokens of packed sequences.
+
+    action_mask_N: (N,) bool, true for the last token of every sequence. weights_version: that is to answer.
+    """
+
+    sequences: Sequences
+    action_mask_N: np.ndarray
+    weights_version: int
+
+    def arrays(self) -> Arrays:
+        named = {"action_mask_N": self.action_mask_N, "weights_version": np.array(self.weights_version)}
+        return self.sequences.arrays() | named
+
+    @staticmethod
+    def of(arrays: Arrays, limits: Limits) -> "ValuesRequest":
+        """Raises ServiceError INVALID."""
+        sequences = Sequences.of(arrays, limits, "action_mask_N", "weights_version")
+        return ValuesRequest(
+            sequences=sequences,
+            action_mask_N=_mask(arrays, sequences),
+            weights_version=integer(arrays, "weights_version"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """One training of a critic: optimizer steps on a rollout, done once for (run_id, weights_version).
+
+    old_values_A, returns_A: (A,) float32, reward units, of the action tokens in order. weights_A: (A,) float32 >= 0.
+    order_I, order_ends: int32; sequence indices of all optimizer steps, and where in them each one ends.
+    run_id: of the run that trains. weights_version: of the weights that it is to change, so the trainings before it.
+    """
+
+    sequences: Sequences
+    action_mask_N: np.ndarray
+    old_values_A: np.ndarray
+    returns_A: np.ndarray
+    weights_A: np.ndarray
+    order_I: np.ndarray
+    order_ends: np.ndarray
+    run_id: str
+    weights_version: int
+
+    def arrays(self) -> Arrays:
+        named = {name: np.array(value) for name, value in vars(self).items() if name != "sequences"}
+        return self.sequences.arrays() | named
+
+    def digest(self) -> str:
+        """Of all that it holds: a repetition has the same one."""
+        digest = hashlib.sha256()
+        for name, array in sorted(self.arrays().items()):
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+            digest.update(array.item().encode() if array.dtype.kind == "U" else np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    def steps(self) -> list[list[int]]:
+        """Sequence indices of each optimizer step."""
+        return [part.tolist() for part in np.split(self.order_I, self.order_ends[:-1])]
+
+    @staticmethod
+    def of(arrays: Arrays, limits: Limits) -> "TrainRequest":
+        """Raises ServiceError INVALID."""
+        numbers, order = ("old_values_A", "returns_A", "weights_A"), ("order_I", "order_ends")
+        sequences = Sequences.of(arrays, limits, "action_mask_N", *numbers, *order, "run_id", "weights_version")
+        mask_N = _mask(arrays, sequences)
+        for name in numbers:
+            array, num = arrays[name], int(mask_N.sum())
+            expect(
+                array.dtype == np.float32 and array.shape == (num,) and np.isfinite(array).all(),
+                f"{name} is {array.dtype} of shape {array.shape}, expected {num} finite numbers of float32, one for "
+                "each action token",
+            )
+        for name in order:
+            array = arrays[name]
+            expect(
+                array.dtype == np.int32 and array.ndim == 1 and len(array),
+                f"{name} is {array.dtype} of shape {array.shape}, expected int32 of one dimension",
+            )
+        index, ends, num = arrays["order_I"], arrays["order_ends"], len(sequences.cu_seqlens) - 1
+        expect(
+            index.min() >= 0 and index.max() < num, f"order_I has indices from {index.min()} to {index.max()} of {num}"
+        )
+        expect(
+            ends[0] > 0 and (np.diff(ends) > 0).all() and ends[-1] == len(index),
+            "order_ends must grow from above 0 to the length of order_I",
+        )
+        expect((arrays["weights_A"] >= 0).all(), "weights_A has a negative number")
+        return TrainRequest(
+            sequences=sequences,
+            action_mask_N=mask_N,
+            **{name: arrays[name] for name in (*numbers, *order)},
+            run_id=text(arrays, "run_id"),
+            weights_version=integer(arrays, "weights_version"),
+        )
+
+
+def _mask(arrays: Arrays, sequences: Sequences) -> np.ndarray:
+    mask_N, num = arrays["action_mask_N"], len(sequences.tokens_N)
+    expect(
+        mask_N.dtype == np.bool_ and mask_N.shape == (num,),
+        f"action_mask_N is {mask_N.dtype} of shape {mask_N.shape}, expected {num} of bool",
+    )
+    expect(mask_N[sequences.cu_seqlens[1:] - 1].all(), "action_mask_N must be true for the last token of a sequence")
+    return mask_N
+
+
+def integer(arrays: Arrays, name: str) -> int:
+    """A number that is 0 or more. Raises ServiceError INVALID."""
+    array = arrays[name]
+    expect(array.dtype in TOKEN_TYPES and array.ndim == 0 and array >= 0, f"{name} must be an integer, 0 or more")
+    return array.item()
+
+
+def text(arrays: Arrays, name: str) -> str:
+    """A short text. Raises ServiceError INVALID."""
+    array = arrays[name]
+    expect(array.dtype.kind == "U" and array.ndim == 0, f"{name} must be a text")
+    expect(0 < len(array.item()) <= 100, f"{name} must have 1 to 100 letters")
+    return array.item()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServiceStatus:
     """What a service is and how it does.
 
-    kind: "reward". model, tokenizer: digests; the tokenizer's is compared with the caller's. vocabulary: token ids.
-    attributes: numbers a response. request_tokens, context: tokens that a request, and a sequence, may have.
+    kind: "reward" or "critic". model, tokenizer: digests; the tokenizer's is compared with the caller's.
+    vocabulary: token ids. attributes: numbers a response.
+    request_tokens, context: tokens that a request, and a sequence, may have.
     weights_version: of the weights that answer. queue: requests that wait. beat_age_s: seconds since all ranks met.
     draining: it takes no more requests.
+    run_id: of the run that trains it; empty before its first training. checkpoints: versions that it could go on from,
+    with commas. settings: a critic's options, as YAML.
     """
 
     kind: str
@@ -140,6 +280,9 @@ class ServiceStatus:
     queue: int
     beat_age_s: float
     draining: bool
+    run_id: str = ""
+    checkpoints: str = ""
+    settings: str = ""
 
     def arrays(self) -> Arrays:
         return {name: np.array(value) for name, value in asdict(self).items()}
@@ -153,3 +296,10 @@ def expect(condition: bool, message: str) -> None:
     """Raise ServiceError INVALID unless the condition holds."""
     if not condition:
         raise ServiceError(Code.INVALID, f"{message}.")
+
+
+def resolved(reply: Arrays) -> Future:
+    """A future that has its result."""
+    future: Future = Future()
+    future.set_result(reply)
+    return future

@@ -166,6 +166,17 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
+def run_one(rank: int, world: int, meeting: Path, program: str, output: Path, options: dict) -> None:
+    """One rank of a run of a program."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    dist.init_process_group("gloo", init_method=f"file://{meeting}/meeting", rank=rank, world_size=world)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        runs.run(program, output, options)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def run(rank: int, world: int, folder: Path, layouts: dict[str, tuple[dict, int]]) -> None:
     """One rank of every program in every layout, of the variations with all weights; runs are folder/<layout>-<title>.
 

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from aligner import ppo
 from aligner.checkpoint.huggingface import Weights
-from aligner.losses.value import clipped_value_loss
 from aligner.models.critic import Critic, CriticConfig
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
@@ -193,10 +192,7 @@ def test_value_loss_and_gradient(setting):
     assert clipped > 3
     wanted = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
-    def clipped_loss(values_N, micro, num_tokens):
-        return clipped_value_loss(values_N, micro, num_tokens, clip=VALUE_CLIP)
-
-    (stats,) = LocalCritic(s.critic).train(s.value_batch, [list(range(5))], clipped_loss).result()
+    (stats,) = LocalCritic(s.critic, VALUE_CLIP).train(s.value_batch, [list(range(5))]).result()
     assert abs(float(stats["loss"]) - float(loss)) < 1e-6 * max(1.0, float(loss))
     trained = {k: p for k, p in s.critic.network.parameters.items() if p.requires_grad}
     assert trained.keys() == wanted.keys()

@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from aligner import serve
@@ -19,6 +20,8 @@ from aligner.data.tokenizer import digest, load_tokenizer
 from aligner.serving.remote import Patience, RemoteReward
 from tests.programs import every
 from tests.programs.runs import metrics, run, samples
+from tests.programs.services import Launched, Service
+from tests.programs.test_every_program import OF_THE_LAYOUT
 
 pytestmark = pytest.mark.slow
 
@@ -31,58 +34,25 @@ def folder(tmp_path_factory) -> Path:
     return every.prepare(tmp_path_factory.mktemp("serve"))
 
 
-class Served:
-    """A service in processes of its own."""
-
-    def __init__(self, model: Path, *options: str, processes: int = 1):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            *(launcher if processes > 1 else []),
-            "-m",
-            "aligner.serve",
-            "reward",
-        ]
-        command += ["--model", str(model), "--serve.port", "0", "--threads", "1", *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        self.lines = []
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if line.startswith("ready: "):
-                self.address = line.split()[1]
-                return
-        raise AssertionError(self.process.stderr.read())
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str, str]:
-        """(status, what it printed, errors) once it has ended by this signal."""
-        self.process.send_signal(number)
-        out, errors = self.process.communicate(timeout=60)
-        return self.process.returncode, out, errors
-
-
 @pytest.fixture
-def served(folder: Path):
+def served(folder: Path, tmp_path):
+    """Starts a service of a kind with options; of several processes by torchrun."""
     services = []
 
-    def start(*options: str, model: str = "reward", processes: int = 1) -> Served:
-        services.append(Served(folder / model, *options, processes=processes))
+    def start(kind: str, options: dict | None = None, processes: int = 1) -> Service | Launched:
+        options = {"model": folder / {"reward": "reward", "critic": "model"}[kind]} | (options or {})
+        log = tmp_path / f"service-{len(services)}.log"
+        services.append(Launched(kind, options, processes) if processes > 1 else Service(kind, options, log))
         return services[-1]
 
     yield start
     for service in services:
-        if service.process.poll() is None:
-            service.process.kill()
-            service.process.communicate()
+        service.end()
 
 
 def test_two_ranks_tell_many_callers_what_transformers_says_and_stop_together(folder: Path, served):
     """Requests of many sizes that are answered together are neither lost nor crossed; the model spans two ranks."""
-    service = served("--parallel.tensor", "2", "--serve.request-tokens", "96", processes=2)
+    service = served("reward", {"parallel.tensor": 2, "serve.request-tokens": 96}, processes=2)
     model = AutoModelForSequenceClassification.from_pretrained(folder / "reward" / "policy").double().eval()
     tokenizer = digest(load_tokenizer(folder / "reward" / "policy"))
 
@@ -119,7 +89,7 @@ def ppo(folder: Path) -> tuple[dict, dict]:
 
 def test_a_run_asks_a_served_model_as_it_asks_its_own(folder: Path, served, tmp_path):
     command, function = ppo(folder)
-    service = served()
+    service = served("reward")
     weights = function | {"reward.weights": (0.5, 2.0)}
     own = run("ppo", tmp_path / "own", command | weights | {"reward.model": folder / "reward"})
     asked = run("ppo", tmp_path / "asked", command | weights | {"reward.url": service.address})
@@ -132,17 +102,15 @@ def test_a_run_asks_a_served_model_as_it_asks_its_own(folder: Path, served, tmp_
 
 def test_a_service_that_dies_in_the_middle_of_a_run_and_comes_back(folder: Path, served, tmp_path, monkeypatch):
     command, _ = ppo(folder)
-    service = served()
-    port = service.address.rpartition(":")[2]
+    service = served("reward")
     whole = run("ppo", tmp_path / "whole", command | {"reward.url": service.address})
     score, calls, back = RemoteReward.score, [], []
 
     def score_and_kill(self, sequences):
         calls.append(len(sequences))
         if len(calls) == 3:
-            service.process.kill()
-            service.process.wait()
-            again = threading.Timer(1.0, lambda: back.append(served("--serve.port", port)))
+            service.kill()
+            again = threading.Timer(1.0, lambda: back.append(served("reward", {"serve.port": service.port})))
             again.start()
         return score(self, sequences)
 
@@ -152,20 +120,115 @@ def test_a_service_that_dies_in_the_middle_of_a_run_and_comes_back(folder: Path,
     assert metrics(done) == metrics(whole)
 
 
+def complete(folder: Path) -> dict:
+    command, function = ppo(folder)
+    return command | function
+
+
+def critic_options(command: dict, output: Path) -> dict:
+    """The same for the service; the size of micro-batches decides about rounding."""
+    names = [name for name in command if name.startswith("critic.")] + ["batch.tokens-per-micro-batch"]
+    return {name: command[name] for name in names} | {"output": output}
+
+
+def test_a_served_critic_is_the_run_s_own_bit_by_bit(folder: Path, served, tmp_path):
+    command, function = ppo(folder)
+    command |= function | {"reward.weights": (0.5, 2.0), "reward.model": folder / "reward"}
+    own = run("ppo", tmp_path / "own", command)
+    service = served("critic", critic_options(command, tmp_path / "critic"))
+    asked = run("ppo", tmp_path / "asked", command | {"critic.url": service.address})
+    assert metrics(asked) == metrics(own) and samples(asked) == samples(own)
+    assert all(row["loss/value"] > 0 < row["reward/std"] for row in metrics(own) if row["step"])
+    assert service.end() == [0] and service.words().endswith("\nstopped: nothing was left to answer\n")
+    assert [f.name for f in (tmp_path / "critic" / "checkpoints").iterdir()] == ["step-3"]
+    assert not list((tmp_path / "asked" / "critic-steps").iterdir())
+
+
+def test_critic_and_reward_model_on_layouts_of_their_own(folder: Path, served, tmp_path):
+    """Two services, the critic's of two tensor ranks, and a run of two data-parallel ones."""
+    command, function = ppo(folder)
+    command |= function | {"reward.weights": (0.5, 2.0)}
+    own = run("ppo", tmp_path / "own", command | {"reward.model": folder / "reward"})
+    reward = served("reward")
+    critic = served("critic", critic_options(command, tmp_path / "critic") | {"parallel.tensor": 2}, processes=2)
+    asked = tmp_path / "asked"
+    command |= {"critic.url": critic.address, "reward.url": reward.address}
+    mp.start_processes(every.run_one, (2, tmp_path, "ppo", asked, command), nprocs=2, start_method="forkserver")
+    for mine, theirs in zip(metrics(asked), metrics(own), strict=True):
+        names = [name for name in theirs if not name.startswith(OF_THE_LAYOUT)]
+        assert mine.keys() == theirs.keys() and len(names) > 4
+        assert {n: mine[n] for n in names} == pytest.approx({n: theirs[n] for n in names}, rel=1e-6, abs=1e-6)
+    assert [row["response"] for row in samples(asked)] == [row["response"] for row in samples(own)]
+    mine, theirs = (load_file(done / "policy" / "model.safetensors") for done in (asked, own))
+    assert all((tensor - mine[name]).abs().max() < 1e-6 for name, tensor in theirs.items())
+
+
+def refusal(tmp_path: Path, command: dict, service: Service) -> str:
+    with pytest.raises(ValueError) as error:
+        run("ppo", tmp_path, command | {"critic.url": service.address})
+    return str(error.value)
+
+
+def test_a_run_and_a_critic_of_different_steps(folder: Path, served, tmp_path):
+    """Both stop; the critic is a step ahead, and they go on from the newest step that both have saved."""
+    command = complete(folder)
+    shared = critic_options(command, tmp_path / "critic") | {"resume": True}
+    every_step = command | {"save-every": 1, "steps": 3}
+    again = every_step | {"resume": True}
+    first = served("critic", shared)
+    whole = run("ppo", tmp_path / "run", every_step | {"critic.url": first.address})
+    wanted = metrics(whole), policy(whole)
+    newest = tmp_path / "run" / "checkpoints" / "step-3"
+    newest.rename(newest.with_name("gone"))  # a run that was killed after its critic had saved
+    said = refusal(tmp_path / "run", again, first)
+    assert "this run is at step 2 and the critic at" in said and "at step 3; give both --resume --resume-step 2" in said
+    assert "belongs to another run, at its step 3" in refusal(tmp_path / "new", every_step, first)
+    other = refusal(tmp_path / "run", again | {"critic.optimizer.lr": 0.5}, first)
+    assert "--critic.optimizer.lr is 0.5 here and 0.001 at the critic's service" in other
+    first.end()
+    second = served("critic", shared | {"resume-step": 2})
+    resumed = run("ppo", tmp_path / "run", again | {"critic.url": second.address, "resume-step": 2})
+    assert (metrics(resumed), policy(resumed)) == wanted
+    left = sorted(f.name for f in (tmp_path / "critic" / "checkpoints").iterdir())
+    assert left == ["left-3", "step-1", "step-2", "step-3"]
+    # A critic that lost everything can be given only the trainings that no save has acknowledged.
+    second.end()
+    third = served("critic", critic_options(command, tmp_path / "other"))
+    said = refusal(tmp_path / "run", again | {"steps": 4}, third)
+    assert "this run is at step 3" in said and "at step 0; start both anew" in said
+
+
+def policy(done: Path) -> bytes:
+    return (done / "policy" / "model.safetensors").read_bytes()
+
+
+def test_a_critic_in_the_run_and_one_that_is_served_are_not_mixed_up(folder: Path, served, tmp_path):
+    command = complete(folder)
+    run("ppo", tmp_path / "own", command)
+    service = served("critic", critic_options(command, tmp_path / "critic"))
+    said = refusal(tmp_path / "own", command | {"resume": True, "steps": 4}, service)
+    assert "has a critic of its own; leave --critic.url out" in said
+    reward = served("reward")
+    assert "serves a reward, expected a critic" in refusal(tmp_path / "wrong", command, reward)
+    run("ppo", tmp_path / "asked", command | {"critic.url": service.address})
+    with pytest.raises(ValueError, match="holds another model or optimizer"):
+        run("ppo", tmp_path / "asked", command | {"resume": True, "steps": 4})
+
+
 def test_status_says_what_is_served(served, folder: Path, tmp_path, capsys):
     secret = tmp_path / "secret"
     secret.write_text("correct horse battery staple")
-    service = served("--serve.token-file", str(secret), "--serve.metrics-port", "0")
+    service = served("reward", {"serve.token-file": secret, "serve.metrics-port": 0})
     assert serve.main(["status", service.address, "--token-file", str(secret)]) == 0
     said = capsys.readouterr().out
     assert "kind: reward" in said and "attributes: 1" in said and "draining: false" in said
     assert serve.main(["status", service.address]) == 1
     assert "the token is missing or wrong. (UNAUTHENTICATED)" in capsys.readouterr().err
-    (metrics_at,) = (line.split()[1] for line in service.lines if line.startswith("metrics: "))
+    (metrics_at,) = (line.split()[1] for line in service.words().splitlines() if line.startswith("metrics: "))
     with urllib.request.urlopen(metrics_at, timeout=10) as answer:
         said += answer.read().decode()
     assert 'aligner_requests_total{code="OK",endpoint="status_v1"} 1.0' in said
-    assert "correct horse" not in "".join(service.lines) + said
+    assert "correct horse" not in service.words() + said
     service.end()
     assert serve.main(["status", service.address, "--token-file", str(secret)]) == 1
     assert "(UNAVAILABLE)" in capsys.readouterr().err
@@ -174,7 +237,7 @@ def test_status_says_what_is_served(served, folder: Path, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "got 'nothing', expected `aligner.serve reward` or `status`"),
+        ([], "got 'nothing', expected `aligner.serve reward`, `critic` or `status`"),
         (["critics"], "got 'critics', expected"),
         (["status"], "got no address"),
         (["reward", "--model", "{folder}/model"], "is no reward model; train one"),

@@ -96,7 +96,7 @@ def test_a_failure_ends_with_its_batch(running, capsys):
     model, service, stop, thread = running
     model.faults.append(RuntimeError("out of memory at /secret/path"))
     model.go.set()
-    with pytest.raises(ServiceError, match="the reward model failed; its log says why") as error:
+    with pytest.raises(ServiceError, match="the model failed; the log of the service says why") as error:
         ask(service, [1]).result(10)
     assert error.value.code is Code.FAILED and "secret" not in str(error.value)
     assert ask(service, [2]).result(10)["rewards_BK"].tolist() == [[2, -2]]
@@ -106,7 +106,7 @@ def test_a_failure_ends_with_its_batch(running, capsys):
         ask(service, [1]).result(10)
     thread.join(10)
     assert not thread.is_alive()
-    assert "a batch of 1 requests failed: out of memory at /secret/path" in capsys.readouterr().err
+    assert "1 reward_v1 failed: out of memory at /secret/path" in capsys.readouterr().err
 
 
 def test_a_bad_request_never_reaches_the_model(running):

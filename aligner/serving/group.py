@@ -1,0 +1,154 @@
+"""Requests of many callers, worked on by a group of ranks: one thread of each runs all collectives."""
+
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from aligner.run.distributed import gather, is_main
+from aligner.serving.metrics import ServiceMetrics
+from aligner.serving.service import Arrays, Code, ServiceError
+
+BEAT_S = 1.0  # an idle group meets that often: no process group times out, and a wish to stop reaches all ranks
+Answer = Callable[[str, list], list[Arrays | ServiceError]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A request that waits. came: when, by the monotonic clock. changes: it changes weights, and is worked on alone."""
+
+    endpoint: str
+    request: Any
+    tokens: int
+    changes: bool
+    future: Future
+    came: float
+
+
+class Group:
+    """All ranks make it and call run(); the first one submits requests meanwhile, from any thread.
+
+    tokens: about as many are answered at once. queue_size: requests that may wait.
+    """
+
+    def __init__(self, tokens: int, queue_size: int):
+        self.metrics = ServiceMetrics()
+        self._tokens = tokens
+        self._waiting: queue.Queue[Work] = queue.Queue(queue_size)
+        self._next: Work | None = None  # did not fit into the batch before
+        self._beat = time.monotonic()
+        self._draining = threading.Event()
+
+    def submit(self, endpoint: str, request, tokens: int, *, changes: bool = False) -> Future:
+        """The future reply. Raises ServiceError when nothing more is taken."""
+        if self._draining.is_set():
+            raise ServiceError(Code.UNAVAILABLE, "the service is about to stop.")
+        future: Future = Future()
+        try:
+            self._waiting.put_nowait(
+                Work(
+                    endpoint=endpoint,
+                    request=request,
+                    tokens=tokens,
+                    changes=changes,
+                    future=future,
+                    came=time.monotonic(),
+                )
+            )
+        except queue.Full:
+            raise ServiceError(Code.BUSY, f"{self._waiting.maxsize} requests wait already.") from None
+        return future
+
+    def state(self) -> dict:
+        """What ServiceStatus says of it."""
+        beat_age_s = time.monotonic() - self._beat
+        return {"queue": self._waiting.qsize(), "beat_age_s": beat_age_s, "draining": self._draining.is_set()}
+
+    def run(self, stop: threading.Event, answer: Answer) -> None:
+        """Works until `stop` is set on any rank and nothing waits; the only code that runs collectives.
+
+        answer: (endpoint, requests) -> a reply or an error for each; all ranks call it together.
+        """
+        while True:
+            work = self._take() if is_main() else []
+            batch = (work[0].endpoint, [w.request for w in work], work[0].changes) if work else None
+            batch, leave = _from_first_rank((batch, self._draining.is_set() and not work))
+            if leave:
+                return
+            if batch is not None:
+                self._answer(answer, work, *batch)
+            if any(gather(stop.is_set)):
+                self._draining.set()
+            self._beat = time.monotonic()
+
+    def _answer(self, answer: Answer, work: list[Work], endpoint: str, requests: list, changes: bool) -> None:
+        """All ranks call it; the first one has the callers of the batch."""
+        began = time.monotonic()
+        for w in work:
+            self.metrics.queue_seconds.observe(began - w.came)
+        try:
+            replies = answer(endpoint, requests)
+        except Exception as error:
+            if work:
+                print(f"error: {len(work)} {endpoint} failed: {error}", file=sys.stderr, flush=True)
+            for w in work:
+                w.future.set_exception(ServiceError(Code.FAILED, "the model failed; the log of the service says why."))
+            if changes or not _harmless(error):
+                raise
+            return
+        self.metrics.compute_seconds.observe(time.monotonic() - began)
+        self.metrics.batch_tokens.observe(sum(w.tokens for w in work))
+        self.metrics.tokens.inc(sum(w.tokens for w in work))
+        for w, reply in zip(work, replies, strict=False):  # only the first rank has callers
+            if isinstance(reply, ServiceError):
+                w.future.set_exception(reply)
+            else:
+                w.future.set_result(reply)
+
+    def _take(self) -> list[Work]:
+        """Waiting requests of one endpoint, about as many tokens; the first that comes within a beat, else none."""
+        taken, tokens = [], 0
+        while True:
+            try:
+                wait = not taken and not self._draining.is_set()
+                work = self._next or self._waiting.get(block=wait, timeout=BEAT_S)
+            except queue.Empty:
+                return taken
+            self._next = None
+            full = taken and (
+                tokens + work.tokens > self._tokens
+                or work.endpoint != taken[0].endpoint
+                or work.changes
+                or taken[0].changes
+            )
+            if full:
+                self._next = work
+                return taken
+            if work.future.set_running_or_notify_cancel():  # else its caller has gone
+                taken.append(work)
+                tokens += work.tokens
+
+
+def _harmless(error: Exception) -> bool:
+    """Whether the next batch may succeed: no rank waits in a collective that this one left, and the device lives."""
+    return not _many() and not isinstance(error, torch.AcceleratorError)
+
+
+def _many() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _from_first_rank(value):
+    """What rank 0 gives, on all ranks."""
+    if not _many():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
