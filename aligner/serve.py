@@ -24,60 +24,16 @@ from aligner.models.critic import CriticConfig
 from aligner.run import config as options
 from aligner.run.directory import CONFIG, RunDirectory
 from aligner.run.distributed import agree, is_main
-from aligner.serving import grpc_transport
+from aligner.serving.access import TRITON, AccessConfig
 from aligner.serving.critic_service import CriticService
-from aligner.serving.remote import read_bytes, read_secret
+from aligner.serving.listen import ServeConfig, listen, watch
 from aligner.serving.reward_service import RewardService
 from aligner.serving.service import STATUS, Limits, ServiceError, ServiceStatus
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-GRACE_S = 5.0  # for answers that are on their way when the service ends
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    port: int = 8600
-    """TCP port; 0 takes a free one, which is printed."""
-    host: str = "127.0.0.1"
-    """Address to listen on; another one than loopback needs --serve.token-file, or --serve.insecure."""
-    token_file: str = ""
-    """File with the secret that every caller must show."""
-    insecure: bool = False
-    """Let anybody call who reaches the address."""
-    tls_cert: str = ""
-    """PEM file of the certificate chain; with it connections are encrypted."""
-    tls_key: str = ""
-    """PEM file of its private key."""
-    metrics_port: int | None = None
-    """TCP port of /metrics, for Prometheus; none publishes nothing."""
-    request_tokens: int = 65536
-    """Tokens that a request may have; about as many are answered at once."""
-    queue: int = 256
-    """Requests that may wait; more are refused, and their callers try again."""
-
-    def __post_init__(self):
-        if not 0 <= self.port < 65536 or min(self.request_tokens, self.queue) < 1:
-            raise ValueError("serve.port must be 0 to 65535, serve.request-tokens and serve.queue 1 or more.")
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ValueError("serve.tls-cert and serve.tls-key come together; give both files or none.")
-        if self.host not in LOOPBACK and not (self.token_file or self.insecure):
-            raise ValueError(
-                f"serve.host is {self.host}, where others can call; give --serve.token-file FILE, or --serve.insecure "
-                "to let everybody."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelToolConfig):
     serve: ServeConfig = field(default_factory=ServeConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatusConfig:
-    token_file: str = ""
-    """File with the secret of the service."""
-    tls_ca: str = ""
-    """PEM file of the certificates that its own is signed by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +76,10 @@ def serve_critic(argv: list[str]) -> int:
 
 def _prepare(config: Config) -> tuple[Job, dict]:
     """The joined job, and where to listen: what is wrong with the options is told before anything is loaded."""
-    c = config.serve
-    token = read_secret(c.token_file, "serve.token-file") if c.token_file else ""
-    tls = (read_bytes(c.tls_key, "serve.tls-key"), read_bytes(c.tls_cert, "serve.tls-cert")) if c.tls_cert else None
+    where = config.serve.where()
     job = Job("serve", config)
-    if c.host not in LOOPBACK and not tls:
-        print("warning: without --serve.tls-cert tokens, numbers and the secret travel in the clear", file=sys.stderr)
     job.join()
-    return job, {"host": c.host, "port": c.port, "token": token, "tls": tls, "calls": c.queue + 16}
+    return job, where
 
 
 def _limits(job: Job) -> Limits:
@@ -142,17 +94,18 @@ def _digests(job: Job) -> dict[str, str]:
 def _serve(c: ServeConfig, service: RewardService | CriticService, where: dict) -> int:
     """Listen and work until told to stop."""
     stop = threading.Event()
-    where |= {"request_bytes": service.request_bytes}
-    started = agree(lambda: grpc_transport.serve(service, service.endpoints, **where) if is_main() else None)
+    started = agree(lambda: listen(c, service, where) if is_main() else None)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     if started:
         if c.metrics_port is not None:
             print(f"metrics: http://{c.host}:{service.metrics.publish(c.host, c.metrics_port)}/metrics")
-        print(f"ready: {c.host}:{started[1]}", flush=True)
+        print(f"ready: {TRITON if c.transport == 'pytriton' else ''}{c.host}:{started.port}", flush=True)
+        threading.Thread(target=watch, args=(started, stop), daemon=True).start()
     service.run(stop)
     if started:
-        started[0].stop(GRACE_S).wait()
+        stop.set()
+        started.stop()
         print("stopped: nothing was left to answer", flush=True)
     return 0
 
@@ -160,10 +113,7 @@ def _serve(c: ServeConfig, service: RewardService | CriticService, where: dict) 
 def show_status(argv: list[str]) -> int:
     if not argv or argv[0].startswith("--"):
         raise ValueError("got no address; write `python -m aligner.serve status host:port`.")
-    config = options.parse(StatusConfig, argv[1:])
-    token = read_secret(config.token_file, "token-file") if config.token_file else ""
-    authority = read_bytes(config.tls_ca, "tls-ca") if config.tls_ca else None
-    connection = grpc_transport.Connection(argv[0], token=token, authority=authority)
+    connection = options.parse(AccessConfig, argv[1:]).connect(argv[0])
     try:
         status = ServiceStatus.of(connection.call(STATUS, {}, 5.0))
     except ServiceError as error:

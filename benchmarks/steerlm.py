@@ -10,6 +10,7 @@ Needs `pip install --no-deps chitchat-dataset==0.9.0` and `pip install vaderSent
 import hashlib
 import importlib.util
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -110,6 +111,23 @@ def steered(folder: Path, rows: list[dict], label: str) -> list[str]:
     return [found[key] for key in sorted(found)]
 
 
+def at_equal_length(answers: dict[int, list[str]], judge) -> tuple[float, float]:
+    """How far the judge moves among answers of as many words, and the standard error; a length counts as often as the
+    rarer of the two sides has it."""
+    scores = [defaultdict(list), defaultdict(list)]
+    for side, texts in zip(scores, answers.values(), strict=True):
+        for text, score in zip(texts, judge(texts), strict=True):
+            side[len(text.split())].append(score)
+    total = moved = variance = 0.0
+    for words in scores[0].keys() & scores[1].keys():
+        low, high = (torch.tensor(side[words]) for side in scores)
+        weight = min(len(low), len(high))
+        if weight > 1:
+            total, moved = total + weight, moved + weight * float(high.mean() - low.mean())
+            variance += weight**2 * float(low.var() / len(low) + high.var() / len(high))
+    return moved / total, variance**0.5 / total
+
+
 def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     sides = dialogues()
@@ -132,9 +150,15 @@ def main() -> None:
     for k, name in enumerate(NAMES):
         rows.append({"what": f"Spearman, {name}, attribute model", "value": metrics[f"eval/spearman/{k}"]})
         rows.append({"what": f"Spearman, {name}, ridge on words", "value": linear[k]})
-    answers = {upbeat: steered(tuned / "policy", sides["untouched"][:PROMPTS], f"upbeat:{upbeat}") for upbeat in (1, 9)}
-    for upbeat, texts in answers.items():
-        write(RUNS / f"upbeat-{upbeat}.jsonl", [{"answer": text} for text in texts])
+    answers = {}
+    for upbeat in (1, 9):
+        said = RUNS / f"upbeat-{upbeat}.jsonl"
+        if not said.exists():
+            texts = steered(tuned / "policy", sides["untouched"][:PROMPTS], f"upbeat:{upbeat}")
+            write(said, [{"answer": text} for text in texts])
+        answers[upbeat] = [row["answer"] for row in read(said)]
+        words = sum(len(text.split()) for text in answers[upbeat]) / len(answers[upbeat])
+        rows.append({"what": f"words of an answer, upbeat {upbeat}", "value": words})
     vader, reviews = SentimentIntensityAnalyzer(), PositiveReview()
     judges = {
         "VADER, -1 to 1": lambda texts: [vader.polarity_scores(text)["compound"] for text in texts],
@@ -148,6 +172,9 @@ def main() -> None:
         rows.append({"what": f"{name}, upbeat 9", "value": float(high.mean())})
         rows.append({"what": f"{name}, standard error of the difference", "value": error})
         moved.append(float((high - low).mean()) / error)
+        alone, its_error = at_equal_length(answers, judge)
+        rows.append({"what": f"{name}, difference among answers of as many words", "value": alone})
+        rows.append({"what": f"{name}, standard error of that", "value": its_error})
     write_results("steerlm", rows)
     print("\n".join(f"{row['what']}: {row['value']:.3f}" for row in rows))
     title = "Attribute-conditioned SFT: loss of a step, nats per token"

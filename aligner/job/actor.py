@@ -63,8 +63,7 @@ def load_rewards(job: Job, config: RewardConfig) -> Rewards:
 
 def _served_rewards(job: Job, config: RewardConfig) -> list[RemoteReward]:
     """Connected, ready and of the run's tokenizer."""
-    secrets = {"token_file": config.token_file, "authority": config.tls_ca}
-    served = [RemoteReward(url, config.attribute_weights or (1.0,), **secrets) for url in config.url]
+    served = [RemoteReward(url, config.attribute_weights or (1.0,), config) for url in config.url]
     for reward in served:
         reward.check(digest(job.tokenizer))
     return served

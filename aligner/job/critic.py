@@ -43,7 +43,6 @@ def open_critic(job: Job, config: ServedCriticConfig) -> LocalCritic | RemoteCri
     saved = job.plain().get("critic", {})
     if job.checkpoint and "run_id" not in saved:
         raise ValueError(f"{job.checkpoint} has a critic of its own; leave --critic.url out to go on with it.")
-    secrets = {"token_file": config.token_file, "authority": config.tls_ca}
-    remote = Remote("critic", config.url, options="critic", **secrets) if is_main() else None
+    remote = Remote("critic", config.url, options="critic", access=config) if is_main() else None
     path = job.directory.path
     return RemoteCritic(remote, digest(job.tokenizer), critic_settings(job, config), path, saved, training.steps(path))

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
 
 import grpc
 import numpy as np
@@ -21,6 +22,7 @@ from aligner.serving.service import Arrays, Code, Service, ServiceError, expect
 
 MAX_BYTES = 256 << 20
 MAX_WORDS = 1000  # of a message to a caller: gRPC sends no more than 16 kB of them
+GRACE_S = 5.0  # for answers that are on their way when the service ends
 LONGEST_S = 600.0  # of a call without a deadline of its own
 DTYPES = ("int32", "int64", "float32", "float64", "bool", "str")
 PATH = "aligner"  # of a method: /aligner/<endpoint>
@@ -48,6 +50,18 @@ CALLER_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.enable_http_proxy", 0),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tls:
+    """PEM bytes. A server has key and chain, and an authority to ask its callers for certificates of it.
+
+    A caller has the authority that signed the server's certificate, and key and chain to show its own.
+    """
+
+    key: bytes | None = None
+    chain: bytes | None = None
+    authority: bytes | None = None
 
 
 def to_frame(arrays: Arrays) -> bytes:
@@ -80,6 +94,27 @@ def from_frame(frame: bytes) -> Arrays:
     return arrays
 
 
+def check_token(shown: str, token: str) -> None:
+    """Raise ServiceError UNAUTHENTICATED unless the header shows the token; an empty one lets everybody."""
+    if token and not hmac.compare_digest(str(shown).encode(), f"Bearer {token}".encode()):
+        raise ServiceError(Code.UNAUTHENTICATED, "the token is missing or wrong.")
+
+
+@dataclass(frozen=True)
+class GrpcServer:
+    """A started server and its port."""
+
+    server: grpc.Server
+    port: int
+
+    def alive(self) -> bool:
+        return True  # it is of this process
+
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """Takes no more calls; those that are on their way have as long."""
+        self.server.stop(grace_s).wait()
+
+
 def serve(
     service: Service,
     endpoints: Sequence[str],
@@ -87,13 +122,13 @@ def serve(
     host: str,
     port: int,
     token: str = "",
-    tls: tuple[bytes, bytes] | None = None,
+    tls: Tls | None = None,
     calls: int = 64,
     request_bytes: int = MAX_BYTES,
-) -> tuple[grpc.Server, int]:
-    """A started server and its port.
+) -> GrpcServer:
+    """A started server.
 
-    token: that callers must show; empty lets everybody. tls: PEM bytes of (private key, certificate chain).
+    token: that callers must show; empty lets everybody. tls: None listens in the clear.
     calls: at once, those that wait too; each holds a thread. request_bytes: of a frame, at most.
     Raises ValueError when it cannot listen there.
     """
@@ -101,9 +136,7 @@ def serve(
     def answer(endpoint: str, frame: bytes, context: grpc.ServicerContext) -> bytes:
         future: Future | None = None
         try:
-            shown = dict(context.invocation_metadata()).get("authorization", "")
-            if token and not hmac.compare_digest(shown.encode(), f"Bearer {token}".encode()):
-                raise ServiceError(Code.UNAUTHENTICATED, "the token is missing or wrong.")
+            check_token(dict(context.invocation_metadata()).get("authorization", ""), token)
             future = service.call(endpoint, from_frame(frame))
             context.add_callback(future.cancel)  # whoever hung up is not answered
             reply = to_frame(future.result(min(context.time_remaining() or LONGEST_S, LONGEST_S)))
@@ -134,7 +167,9 @@ def serve(
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         if tls:
-            bound = server.add_secure_port(address, grpc.ssl_server_credentials([tls]))
+            asks = {"root_certificates": tls.authority, "require_client_auth": tls.authority is not None}
+            credentials = grpc.ssl_server_credentials([(tls.key, tls.chain)], **asks)
+            bound = server.add_secure_port(address, credentials)
         else:
             bound = server.add_insecure_port(address)
     except RuntimeError:
@@ -145,22 +180,22 @@ def serve(
             f"cannot listen on {address}; the port is in use, or the address is not this machine's{secured}."
         )
     server.start()
-    return server, bound
+    return GrpcServer(server, bound)
 
 
 class Connection:
     """Calls of one service; any thread may make them.
 
-    address: host:port. token: of the service; empty for none. authority: PEM bytes of the certificates to trust, which
-        also ask for TLS; None connects in the clear.
+    address: host:port. token: of the service; empty for none. tls: None connects in the clear.
     """
 
-    def __init__(self, address: str, *, token: str = "", authority: bytes | None = None):
+    def __init__(self, address: str, *, token: str = "", tls: Tls | None = None):
         options = [*OPTIONS, *CALLER_OPTIONS]
-        if authority is None:
+        if tls is None:
             self._channel = grpc.insecure_channel(address, options)
         else:
-            self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(authority), options)
+            credentials = grpc.ssl_channel_credentials(tls.authority, tls.key, tls.chain)
+            self._channel = grpc.secure_channel(address, credentials, options)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
 
     def call(self, endpoint: str, request: Arrays, deadline_s: float) -> Arrays:

@@ -5,11 +5,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from aligner.serving.grpc_transport import Connection
+from aligner.serving.access import AccessConfig
 from aligner.serving.service import REWARD, STATUS, Arrays, Code, Sequences, ServiceError, ServiceStatus
 
 PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0  # before a call is tried again: doubled every time, and a half of it by chance
@@ -25,53 +24,63 @@ class Patience:
     start_s: float = 60.0
 
 
-class Remote:
-    """One service, asked again as long as that may help; any thread may call.
+class _Server:
+    """One of several that serve the same. outstanding: tokens that it works on for this process."""
 
-    what: the service in words, for errors. command: that starts it. options: group of the options that name it here.
-    address: host:port. token_file: file with its secret; empty for none. authority: PEM file of the certificates to
-    trust; with it the connection is encrypted.
+    def __init__(self, connection):
+        self.connection, self.outstanding, self.rests_until = connection, 0, 0.0
+
+
+class Remote:
+    """A service, asked again as long as that may help; any thread may call.
+
+    what: the service in words, for errors. options: group of the options that name it here, its command too.
+    address: host:port; of several servers of the same, with + between them, the one with the fewest outstanding tokens
+    is asked. access: secret and certificates.
     """
 
     def __init__(
-        self,
-        what: str,
-        address: str,
-        *,
-        options: str,
-        token_file: str = "",
-        authority: str = "",
-        patience: Patience | None = None,
+        self, what: str, address: str, *, options: str, access: AccessConfig, patience: Patience | None = None
     ):
         self.what, self.address, self.patience = what, address, patience or Patience()
         self._options = options
-        token = read_secret(token_file, f"{options}.token-file") if token_file else ""
-        trusted = read_bytes(authority, f"{options}.tls-ca") if authority else None
-        self._connection = Connection(address, token=token, authority=trusted)
+        self._servers = [_Server(access.connect(one, options)) for one in address.split("+")]
+        self._lock = threading.Lock()
         self._given_up = threading.Event()
 
     def start(self, kind: str, tokenizer: str) -> ServiceStatus:
-        """Wait until it is ready. Raises ValueError when it is not in time, or does not fit.
+        """Wait until all its servers are ready. Raises ValueError when one is not in time, or does not fit.
 
         tokenizer: digest of the run's.
         """
-        status = self.status(self.patience.start_s)
-        if status.kind != kind:
-            raise ValueError(f"{self.address} serves a {status.kind}, expected a {self.what}.")
-        if status.tokenizer != tokenizer:
-            raise ValueError(
-                f"the {self.what} at {self.address} has another tokenizer than the model, so it cannot read its "
-                "responses; serve one of the same family."
-            )
+        status = None
+        for server in self._servers:
+            status = ServiceStatus.of(self.call(STATUS, {}, self.patience.start_s, among=[server]))
+            if status.kind != kind:
+                raise ValueError(f"{self.address} serves a {status.kind}, expected a {self.what}.")
+            if status.tokenizer != tokenizer:
+                raise ValueError(
+                    f"the {self.what} at {self.address} has another tokenizer than the model, so it cannot read its "
+                    "responses; serve one of the same family."
+                )
         return status
 
-    def status(self, total_s: float | None = None) -> ServiceStatus:
-        return ServiceStatus.of(self.call(STATUS, {}, total_s))
+    def status(self) -> ServiceStatus:
+        return ServiceStatus.of(self.call(STATUS, {}))
 
     def call(
-        self, endpoint: str, request: Arrays, total_s: float | None = None, *, passes: tuple[Code, ...] = ()
+        self,
+        endpoint: str,
+        request: Arrays,
+        total_s: float | None = None,
+        *,
+        passes: tuple[Code, ...] = (),
+        among: list[_Server] | None = None,
     ) -> Arrays:
-        """The reply. total_s: seconds of all tries. Raises ValueError, or ServiceError for the codes in `passes`."""
+        """The reply. Raises ValueError, or ServiceError for the codes in `passes`.
+
+        total_s: seconds of all tries. among: the servers to choose from; None for all.
+        """
         total_s = self.patience.total_s if total_s is None else total_s
         began, tries, pause = time.monotonic(), 0, PAUSE_S
         since = time.strftime("%H:%M:%S")
@@ -80,8 +89,9 @@ class Remote:
                 raise ValueError(f"the {self.what} at {self.address} has not answered another request.")
             tries += 1
             left = total_s - (time.monotonic() - began)
+            server = self._choose(among or self._servers, len(request.get("tokens_N", ())))
             try:
-                return self._connection.call(endpoint, request, min(self.patience.deadline_s, max(left, 0.1)))
+                return server.connection.call(endpoint, request, min(self.patience.deadline_s, max(left, 0.1)))
             except ServiceError as error:
                 left = total_s - (time.monotonic() - began)
                 if error.code in passes:
@@ -99,8 +109,26 @@ class Remote:
                         f"one: {error}); check that `python -m aligner.serve {self._options}` runs there, that its "
                         "port is open to this machine, and whether it speaks TLS."
                     ) from None
-            self._given_up.wait(min(pause * random.uniform(0.5, 1.0), left))
+                server.rests_until = time.monotonic() + pause
+            finally:
+                self._release(server, len(request.get("tokens_N", ())))
+            if not self._another_is_ready(among):
+                self._given_up.wait(min(pause * random.uniform(0.5, 1.0), left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _choose(self, servers: list[_Server], tokens: int) -> _Server:
+        with self._lock:
+            now = time.monotonic()
+            server = min(servers, key=lambda s: (s.rests_until > now, s.outstanding))
+            server.outstanding += tokens
+        return server
+
+    def _release(self, server: _Server, tokens: int) -> None:
+        with self._lock:
+            server.outstanding -= tokens
+
+    def _another_is_ready(self, among: list[_Server] | None) -> bool:
+        return any(server.rests_until <= time.monotonic() for server in among or self._servers)
 
 
 class RemoteReward:
@@ -108,22 +136,21 @@ class RemoteReward:
 
         r = sum_k weight_k r_k
 
-    address: host:port of `python -m aligner.serve reward`. weights: of the attributes that it gives.
-    token_file, authority: as of Remote.
+    address: host:port of `python -m aligner.serve reward`, several of one model with + between them.
+    weights: of the attributes that it gives. access: secret and certificates.
     """
 
     def __init__(
         self,
         address: str,
         weights: Sequence[float],
-        *,
-        token_file: str = "",
-        authority: str = "",
+        access: AccessConfig | None = None,
         patience: Patience | None = None,
     ):
         self.address, self._weights_K = address, np.array(list(weights))
-        shared = {"token_file": token_file, "authority": authority, "patience": patience}
-        self._remote = Remote("reward model", address, options="reward", **shared)
+        self._remote = Remote(
+            "reward model", address, options="reward", access=access or AccessConfig(), patience=patience
+        )
         self._status: ServiceStatus | None = None
 
     def check(self, tokenizer: str) -> None:
@@ -173,21 +200,3 @@ def parts(lengths: list[int], most: int) -> list[list[int]]:
         runs[-1].append(i)
         tokens += length
     return runs
-
-
-def read_bytes(file: str, option: str) -> bytes:
-    """Raises ValueError, which names the option, when the file cannot be read."""
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise ValueError(f"--{option} {file!r} cannot be read ({error.strerror}); name a file.") from None
-
-
-def read_secret(file: str, option: str) -> str:
-    """The token in a file, without white space around it. Raises ValueError when there is none."""
-    secret = read_bytes(file, option).decode(errors="replace").strip()
-    if not secret.isascii() or not secret.isprintable() or len(secret) < 16:
-        raise ValueError(
-            f"--{option} {file!r} holds no token of 16 or more printable characters; make one: openssl rand -hex 32."
-        )
-    return secret

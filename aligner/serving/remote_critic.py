@@ -18,6 +18,7 @@ from aligner.models.network import Stats
 from aligner.run.atomic import atomic_write
 from aligner.run.background import Background
 from aligner.run.distributed import gather, is_main
+from aligner.serving.access import AccessConfig
 from aligner.serving.grpc_transport import from_frame, to_frame
 from aligner.serving.remote import Remote, check_identity, parts
 from aligner.serving.service import (
@@ -37,13 +38,13 @@ ROUNDS = 20  # times that a critic may fall back before one request of a run is 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedCriticConfig(CriticConfig):
+class ServedCriticConfig(CriticConfig, AccessConfig):
     url: str = ""
     """host:port of `python -m aligner.serve critic`, started with the same --critic options; empty trains it here."""
-    token_file: str = ""
-    """File with its secret."""
-    tls_ca: str = ""
-    """PEM file of the certificates that its own is signed by; with it the connection is encrypted."""
+
+    def __post_init__(self):
+        if "+" in self.url:
+            raise ValueError(f"critic.url is {self.url}, but a critic has one server; give one host:port.")
 
 
 class StepLog:

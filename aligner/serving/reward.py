@@ -5,21 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from aligner.run.callables import load_callable
+from aligner.serving.access import AccessConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig:
+class RewardConfig(AccessConfig):
     function: tuple[str, ...] = ()
     """package.module:callable, which gets prompts, responses, metadata (lists) and returns one float each; several with
     commas. Without one, and without reward models, the sentiment of movie reviews."""
     url: tuple[str, ...] = ()
-    """Served reward models: host:port of `python -m aligner.serve reward`."""
+    """Served reward models: host:port of `python -m aligner.serve reward`; servers of one model with + between them."""
     model: tuple[str, ...] = ()
     """Reward models: folders of runs of aligner.reward_model, or of Hugging Face sequence classifiers."""
-    token_file: str = ""
-    """File with the secret of the served reward models."""
-    tls_ca: str = ""
-    """PEM file of the certificates that theirs are signed by; with it connections are encrypted."""
     weights: tuple[float, ...] = ()
     """Of the functions, then of the served models, then of the models, in their sum; without any, all 1."""
     attribute_weights: tuple[float, ...] = ()

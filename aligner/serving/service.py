@@ -55,9 +55,11 @@ class ServiceError(Exception):
 
 
 class Service(Protocol):
-    """What a transport carries. metrics: where it counts calls."""
+    """What a transport carries. metrics: where it counts calls. request_bytes: of a frame, at most."""
 
     metrics: ServiceMetrics
+    endpoints: tuple[str, ...]
+    request_bytes: int
 
     def call(self, endpoint: str, request: Arrays) -> Future:
         """The future Arrays of the reply. Raises ServiceError when the request is refused at once."""

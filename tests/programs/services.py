@@ -75,6 +75,7 @@ class Service:
     def __init__(self, kind: str, options: dict, log: Path, *, fault: str = "", restarts: bool = False):
         self.log, self.ends, self.stopped = log, [], threading.Event()
         self.port = options.get("serve.port") or free_port()
+        self.prefix = "triton://" if options.get("serve.transport") == "pytriton" else ""
         argv = [kind, *words({"threads": 1} | options | {"serve.port": self.port})]
         self.arguments, self.restarts = (argv, log, fault), restarts
         self._start()
@@ -99,7 +100,7 @@ class Service:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.prefix}127.0.0.1:{self.port}"
 
     def words(self) -> str:
         """What it has printed."""

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from aligner import serve
 from aligner.data.tokenizer import digest, load_tokenizer
+from aligner.serving import remote
 from aligner.serving.remote import Patience, RemoteReward
 from tests.programs import every
 from tests.programs.runs import metrics, run, samples
@@ -144,6 +146,26 @@ def test_a_served_critic_is_the_run_s_own_bit_by_bit(folder: Path, served, tmp_p
     assert not list((tmp_path / "asked" / "critic-steps").iterdir())
 
 
+def test_the_same_over_pytriton(folder: Path, served, tmp_path):
+    command, function = ppo(folder)
+    command |= function | {"reward.weights": (0.5, 2.0)}
+    own = run("ppo", tmp_path / "own", command | {"reward.model": folder / "reward"})
+    secret = tmp_path / "secret"
+    secret.write_text("correct horse battery staple")
+    shared = {"serve.transport": "pytriton", "serve.token-file": secret}
+    critic = served("critic", critic_options(command, tmp_path / "critic") | shared)
+    reward = served("reward", shared)
+    addresses = {"critic.url": critic.address, "reward.url": reward.address}
+    addresses |= {"critic.token-file": secret, "reward.token-file": secret}
+    asked = run("ppo", tmp_path / "asked", command | addresses)
+    for mine, theirs in zip(metrics(asked), metrics(own), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+    assert serve.main(["status", critic.address, "--token-file", str(secret)]) == 0
+    assert critic.end() == reward.end() == [0]
+    assert "correct horse" not in critic.words() + reward.words()
+    assert [f.name for f in (tmp_path / "critic" / "checkpoints").iterdir()] == ["step-3"]
+
+
 def test_critic_and_reward_model_on_layouts_of_their_own(folder: Path, served, tmp_path):
     """Two services, the critic's of two tensor ranks, and a run of two data-parallel ones."""
     command, function = ppo(folder)
@@ -256,10 +278,6 @@ def test_mistakes(folder: Path, argv: list[str], words: str):
 
 def test_a_run_whose_service_is_not_there(folder: Path, tmp_path, monkeypatch):
     command, _ = ppo(folder)
-    monkeypatch.setattr(
-        RemoteReward.__init__,
-        "__kwdefaults__",
-        {**RemoteReward.__init__.__kwdefaults__, "patience": Patience(start_s=0.2)},
-    )
+    monkeypatch.setattr(remote, "Patience", partial(Patience, start_s=0.2))
     with pytest.raises(ValueError, match="reward model at 127.0.0.1:9 has not answered since"):
         run("ppo", tmp_path / "run", command | {"reward.url": "127.0.0.1:9"})

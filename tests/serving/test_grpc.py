@@ -4,6 +4,7 @@ import json
 import pickle
 import socket
 import struct
+import subprocess
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,12 +17,15 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from aligner.serving import grpc_transport
-from aligner.serving.grpc_transport import Connection, from_frame, to_frame
+from aligner.serving.access import AccessConfig
+from aligner.serving.grpc_transport import Connection, Tls, from_frame, to_frame
 from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.remote import Patience, RemoteReward
 from aligner.serving.service import REWARD, STATUS, Code, Limits, Sequences, ServiceError, ServiceStatus
+from aligner.serving.triton_transport import TritonServer
 
 LIMITS = Limits(vocabulary=100, context=6, tokens=12)
 STATE = ServiceStatus(
@@ -153,28 +157,65 @@ def served():
     servers = []
 
     def serve(service, port: int = 0, **options) -> str:
-        server, bound = grpc_transport.serve(service, (REWARD, STATUS), host="127.0.0.1", port=port, **options)
-        servers.append(server)
-        return f"127.0.0.1:{bound}"
+        servers.append(grpc_transport.serve(service, (REWARD, STATUS), host="127.0.0.1", port=port, **options))
+        return f"127.0.0.1:{servers[-1].port}"
 
-    serve.stop = lambda: servers.pop().stop(0).wait()
+    serve.stop = lambda: servers.pop().stop(0)
     yield serve
     for server in servers:
-        server.stop(0).wait()
+        server.stop(0)
+
+
+class Switch:
+    """A service that passes on to another one, since Triton takes seconds to start."""
+
+    def __init__(self):
+        self.target = Sums()
+
+    @property
+    def metrics(self) -> ServiceMetrics:
+        return self.target.metrics
+
+    def call(self, endpoint: str, asked: dict) -> Future:
+        return self.target.call(endpoint, asked)
+
+
+@pytest.fixture(scope="module")
+def triton():
+    switch = Switch()
+    server = TritonServer(switch, (REWARD, STATUS), host="127.0.0.1", port=0, token=SECRET)
+    yield switch, f"triton://127.0.0.1:{server.port}"
+    server.stop()
+
+
+@pytest.fixture(params=["grpc", pytest.param("pytriton", marks=pytest.mark.slow)])
+def both(request, served, tmp_path):
+    """connect(service, **options) -> RemoteReward, over each transport."""
+    (tmp_path / "secret").write_text(SECRET)
+
+    def connect(service, **options) -> RemoteReward:
+        if request.param == "grpc":
+            address = served(service, token=SECRET)
+        else:
+            switch, address = request.getfixturevalue("triton")
+            switch.target = service
+        return remote(address, **{"token_file": str(tmp_path / "secret")} | options)
+
+    return connect
 
 
 QUICK = Patience(deadline_s=0.5, total_s=8.0, start_s=8.0)
 
 
 def remote(address: str, *, patience: Patience = QUICK, weights=(1.0, 0.0), **options) -> RemoteReward:
-    reward = RemoteReward(address, weights, patience=patience, **options)
+    reward = RemoteReward(address, weights, AccessConfig(**options), patience)
     reward.check("the same")
     return reward
 
 
-def test_a_served_reward_is_the_weighted_sum_of_its_attributes(served):
+def test_a_served_reward_is_the_weighted_sum_of_its_attributes(both):
     service = Sums()
-    reward = remote(served(service), weights=(0.5, 10.0))
+    reward = both(service, weights=(0.5, 10.0))
     assert reward.score([[1, 2], [3], [4, 5, 6, 7, 8, 9], [1, 1, 1, 1]]) == [21.5, 11.5, 79.5, 42.0]
     assert [len(asked["tokens_N"]) for asked in service.calls] == [9, 4]  # requests of at most 12 tokens
 
@@ -184,9 +225,9 @@ def test_a_served_reward_is_the_weighted_sum_of_its_attributes(served):
     [ServiceError(Code.BUSY, "full."), ServiceError(Code.UNAVAILABLE, "leaving."), "silence"],
     ids=["busy", "leaving", "silence"],
 )
-def test_what_may_help_is_tried_again(served, fault):
+def test_what_may_help_is_tried_again(both, fault):
     service = Sums(fault, fault)
-    assert remote(served(service)).score([[1, 2]]) == [3.0]
+    assert both(service).score([[1, 2]]) == [3.0]
     assert len(service.calls) == 3
     if fault == "silence":  # whoever has hung up is not worked for
         assert [future.cancelled() for future in service.futures[1:3]] == [True, True]
@@ -217,9 +258,9 @@ def test_a_service_that_stays_away_is_named(served):
         remote(address, patience=Patience(start_s=0.5))
 
 
-def test_what_the_service_refuses_is_told_at_once(served):
+def test_what_the_service_refuses_is_told_at_once(both):
     service = Sums(ServiceError(Code.INVALID, "no such thing."), RuntimeError("secret path /home/x"))
-    reward = remote(served(service))
+    reward = both(service)
     with pytest.raises(ValueError, match=r"refused: no such thing\. \(INVALID\)"):
         reward.score([[1]])
     with pytest.raises(ValueError, match="refused: the service failed; its log says why") as error:
@@ -283,16 +324,16 @@ def test_a_frame_that_is_too_large_is_not_sent_again(served):
         reward.score([[1] * 6, [1] * 6] * 3)
 
 
-def test_another_model_in_the_middle_of_a_run(served, monkeypatch):
-    reward = remote(served(Sums()))
+def test_another_model_in_the_middle_of_a_run(both, monkeypatch):
+    reward = both(Sums())
     assert reward.score([[1]]) == [1.0]
     monkeypatch.setitem(globals(), "STATE", replace(STATE, model="another model"))
     with pytest.raises(ValueError, match="serves another reward model than when this run began"):
         reward.score([[1]])
 
 
-def test_nan_is_not_a_reward(served, monkeypatch):
-    reward = remote(served(Sums()))
+def test_nan_is_not_a_reward(both, monkeypatch):
+    reward = both(Sums())
     monkeypatch.setattr(np, "split", lambda *a: [np.array([np.nan])])
     with pytest.raises(ValueError, match="not finite"):
         reward.score([[1]])
@@ -306,49 +347,153 @@ def test_nan_is_not_a_reward(served, monkeypatch):
         ({"attributes": 3}, "has 2 numbers, the reward model at .* gives 3 attributes"),
     ],
 )
-def test_a_service_that_does_not_fit_is_refused(served, monkeypatch, change: dict, words: str):
+def test_a_service_that_does_not_fit_is_refused(both, monkeypatch, change: dict, words: str):
     monkeypatch.setitem(globals(), "STATE", replace(STATE, **change))
     with pytest.raises(ValueError, match=words):
-        remote(served(Sums()))
+        both(Sums())
 
 
-def test_callers_without_the_secret_are_refused(served, tmp_path):
+def test_callers_without_the_secret_are_refused(both, tmp_path):
     service = Sums()
-    address = served(service, token=SECRET)
-    right, wrong = tmp_path / "right", tmp_path / "wrong"
-    right.write_text(SECRET + "\n")
+    wrong = tmp_path / "wrong"
     wrong.write_text(SECRET.upper())
-    assert remote(address, token_file=str(right)).score([[7]]) == [7.0]
-    for options in ({}, {"token_file": str(wrong)}):
+    assert both(service).score([[7]]) == [7.0]
+    for file in ("", str(wrong)):
         with pytest.raises(ValueError, match=r"the token is missing or wrong\. \(UNAUTHENTICATED\); give --reward"):
-            remote(address, **options)
+            both(service, token_file=file)
     assert len(service.futures) == 2  # nothing of theirs came through
     counted = service.metrics.registry.get_sample_value
     assert counted("aligner_requests_total", {"endpoint": REWARD, "code": "OK"}) == 1
     assert counted("aligner_requests_total", {"endpoint": STATUS, "code": "UNAUTHENTICATED"}) == 2
     with pytest.raises(ValueError, match="--reward.token-file '.*' cannot be read"):
-        remote(address, token_file=str(tmp_path / "none"))
+        both(service, token_file=str(tmp_path / "none"))
     wrong.write_text("short")
     with pytest.raises(ValueError, match="holds no token of 16 or more printable characters"):
-        remote(address, token_file=str(wrong))
+        both(service, token_file=str(wrong))
+
+
+def test_many_callers_at_once_get_their_own_answers(both):
+    reward = both(Sums(), patience=Patience(deadline_s=30.0, total_s=60.0))
+    draws = [[[n, i] for i in range(1, 1 + n % 6)] for n in range(1, 80)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(reward.score, draws))
+    assert answers == [[float(n + i) for n, i in draw] for draw in draws]
+
+
+@pytest.mark.slow
+def test_triton_keeps_the_secret_and_what_it_is_not_asked_for_to_itself(triton):
+    _, address = triton
+    host, port = address.removeprefix("triton://").split(":")
+    lines = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert SECRET not in lines
+    started = next(line for line in lines.splitlines() if "/tritonserver " in line and port in line)
+    assert "--http-address 127.0.0.1 " in started and "0.0.0.0" not in started
+    channel = grpc.insecure_channel(f"{host}:{port}")
+    client = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+    for call, asked in (
+        (client.RepositoryIndex, service_pb2.RepositoryIndexRequest()),
+        (client.RepositoryModelLoad, service_pb2.RepositoryModelLoadRequest(model_name="reward_v1")),
+        (client.SystemSharedMemoryStatus, service_pb2.SystemSharedMemoryStatusRequest()),
+        (client.TraceSetting, service_pb2.TraceSettingRequest()),
+        (client.LogSettings, service_pb2.LogSettingsRequest()),
+        (client.ModelStatistics, service_pb2.ModelStatisticsRequest()),
+    ):
+        with pytest.raises(grpc.RpcError, match="restricted"):
+            call(asked, timeout=5)
+    channel.close()
+
+
+@pytest.mark.slow
+def test_tls_of_triton(tmp_path):
+    ours, others = trustme.CA(), trustme.CA()
+    for name, authority in (("ours", ours), ("others", others)):
+        authority.cert_pem.write_to_path(tmp_path / name)
+    tls, _ = tls_of(ours, tmp_path, "server")
+    _, mine = tls_of(ours, tmp_path, "mine")
+    asking = replace(tls, authority=ours.cert_pem.bytes())
+    server = TritonServer(Sums(), (REWARD, STATUS), host="127.0.0.1", port=0, tls=asking)
+    address, trusted = f"triton://127.0.0.1:{server.port}", {"tls_ca": str(tmp_path / "ours")}
+    try:
+        assert remote(address, **trusted, **mine).score([[7]]) == [7.0]
+        for options in (trusted, {"tls_ca": str(tmp_path / "others"), **mine}, {}):
+            with pytest.raises(ValueError, match="has not answered since"):
+                remote(address, patience=Patience(start_s=0.5), **options)
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+def test_triton_on_a_port_in_use(served):
+    address = served(Sums())
+    with pytest.raises(ValueError, match=f"PyTriton cannot listen on {address} .*; the port is in use"):
+        TritonServer(Sums(), (STATUS,), host="127.0.0.1", port=int(address.rpartition(":")[2]))
+
+
+def test_triton_is_not_started_where_its_answers_would_be_empty(monkeypatch):
+    monkeypatch.setattr(np, "__version__", "2.0.2")
+    with pytest.raises(ValueError, match="PyTriton sends empty answers under numpy 2.0.2; pip install 'numpy<2'"):
+        TritonServer(Sums(), (STATUS,), host="127.0.0.1", port=0)
+
+
+def tls_of(authority: trustme.CA, folder, name: str) -> tuple[Tls, dict]:
+    """A certificate for 127.0.0.1: what a server is given, and the options of a caller that shows it."""
+    certificate = authority.issue_cert("127.0.0.1")
+    key, chain = certificate.private_key_pem.bytes(), b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
+    (folder / f"{name}.key").write_bytes(key)
+    (folder / f"{name}.pem").write_bytes(chain)
+    return Tls(key=key, chain=chain), {"tls_cert": str(folder / f"{name}.pem"), "tls_key": str(folder / f"{name}.key")}
 
 
 def test_tls(served, tmp_path):
     ours, others = trustme.CA(), trustme.CA()
-    certificate = ours.issue_cert("127.0.0.1")
-    chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
-    address = served(Sums(), tls=(certificate.private_key_pem.bytes(), chain), token=SECRET)
+    server, shown = tls_of(ours, tmp_path, "server")
+    address = served(Sums(), tls=server, token=SECRET)
     secret = tmp_path / "secret"
     secret.write_text(SECRET)
     for name, authority in (("ours", ours), ("others", others)):
         authority.cert_pem.write_to_path(tmp_path / name)
-    reward = remote(address, token_file=str(secret), authority=str(tmp_path / "ours"))
+    reward = remote(address, token_file=str(secret), tls_ca=str(tmp_path / "ours"))
     assert reward.score([[7]]) == [7.0]
     with pytest.raises(ValueError, match="or certificate and key do not belong together"):
-        served(Sums(), tls=(b"no key", chain))
-    for options in ({"authority": str(tmp_path / "others")}, {}):
+        served(Sums(), tls=replace(server, key=b"no key"))
+    for options in ({"tls_ca": str(tmp_path / "others")}, {}):
         with pytest.raises(ValueError, match="has not answered since"):
             remote(address, token_file=str(secret), patience=Patience(start_s=0.5), **options)
+    with pytest.raises(ValueError, match="reward.tls-cert and reward.tls-key and reward.tls-ca come together"):
+        remote(address, token_file=str(secret), **shown)
+
+
+def test_callers_without_a_certificate_are_refused_where_one_is_asked_for(served, tmp_path):
+    ours, others = trustme.CA(), trustme.CA()
+    ours.cert_pem.write_to_path(tmp_path / "ours")
+    server, _ = tls_of(ours, tmp_path, "server")
+    address = served(Sums(), tls=replace(server, authority=ours.cert_pem.bytes()))
+    trusted = {"tls_ca": str(tmp_path / "ours")}
+    _, mine = tls_of(ours, tmp_path, "mine")
+    assert remote(address, **trusted, **mine).score([[7]]) == [7.0]
+    _, foreign = tls_of(others, tmp_path, "foreign")
+    for shown in ({}, foreign):
+        with pytest.raises(ValueError, match="has not answered since"):
+            remote(address, patience=Patience(start_s=0.5), **trusted, **shown)
+
+
+def test_the_server_with_the_fewest_outstanding_tokens_is_asked(served):
+    """Of two of the same model; one that is gone is left alone."""
+    slow, quick = Sums(), Sums()
+    addresses = [served(slow), served(quick)]
+    reward = remote("+".join(addresses), patience=Patience(deadline_s=5.0, total_s=8.0, start_s=8.0))
+    hold, called = threading.Event(), slow.call
+    slow.call = lambda *asked: hold.wait(10) and called(*asked)  # works until it is let go
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(reward.score, [[1] * 6])
+        time.sleep(0.2)
+        assert [reward.score([[2]]) for _ in range(5)] == [[2.0]] * 5
+        assert len(quick.calls) == 5
+        hold.set()
+        assert waiting.result(10) == [6.0]
+    served.stop()  # the quick one
+    assert [reward.score([[3]]) for _ in range(4)] == [[3.0]] * 4
+    assert len(slow.calls) == 1 + 4
 
 
 def test_a_port_in_use(served):
