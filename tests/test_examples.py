@@ -102,7 +102,7 @@ def test_every_option_named_anywhere_exists():
     """In comments and prose too."""
     known = {f"--{name}" for name in config.flat(program("aligner.ppo").Config())}
     known |= {f"--{name}" for name in config.flat(program("aligner.serve").Config())}
-    known |= {f"--{name}" for name in config.flat(program("aligner.serve").StatusConfig())}
+    known |= {f"--{name}" for name in config.flat(program("aligner.serve").AccessConfig())}
     known |= {"--data"}  # short for --data.files
     known |= set(re.findall(r"--[a-z][a-z-]+", torchrun_program.get_args_parser().format_help()))
     slurm = {"--nodes", "--relative", "--kill-on-bad-exit", "--job-name", "--gpus-per-node", "--ntasks-per-node"}

@@ -17,11 +17,12 @@ from aligner.serving.remote import Patience, Remote
 from aligner.serving.service import STATUS, VALUES, Sequences, ServiceStatus, ValuesRequest
 from tests.programs import every
 from tests.programs.runs import metrics, run
-from tests.programs.services import FAULTS, Service
+from tests.programs.services import FAULTS, ROOT, Service
 
 pytestmark = pytest.mark.slow
 
 STEPS = 4
+PAGE = ROOT / "docs" / "serving.md"  # has a row for each fault
 
 
 def supervised(folder: Path, output: Path, command: dict, fault: str = "") -> Service:
@@ -67,7 +68,7 @@ def policy(done: Path) -> bytes:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_changes_nothing(undisturbed: Undisturbed, tmp_path, monkeypatch, fault: str):
+def test_a_fault_changes_nothing(undisturbed: Undisturbed, tmp_path, monkeypatch, capsys, fault: str):
     service = supervised(undisturbed.folder, tmp_path / "critic", undisturbed.command, fault)
     stops = fault.startswith("SIGSTOP")
     if stops:
@@ -82,6 +83,9 @@ def test_a_fault_changes_nothing(undisturbed: Undisturbed, tmp_path, monkeypatch
     finally:
         service.end()
     assert service.ends == ([0] if stops else [0, 0] if fault.startswith("SIGTERM") else [-signal.SIGKILL, 0])
+    again = capsys.readouterr().err.count("the critic has fallen back: training ")
+    row = f"| {fault} | {len(service.ends) - 1} | {again} | same weights |"
+    assert row in PAGE.read_text().splitlines(), row
 
 
 def wake(service: Service, happened: Path) -> None:

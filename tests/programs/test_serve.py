@@ -19,7 +19,9 @@ from transformers import AutoModelForSequenceClassification
 from aligner import serve
 from aligner.data.tokenizer import digest, load_tokenizer
 from aligner.serving import remote
+from aligner.serving.grpc_transport import Connection
 from aligner.serving.remote import Patience, RemoteReward
+from aligner.serving.service import REWARD, STATUS, Sequences, ServiceError, ServiceStatus
 from tests.programs import every
 from tests.programs.runs import metrics, run, samples
 from tests.programs.services import Launched, Service
@@ -80,6 +82,35 @@ def test_two_ranks_tell_many_callers_what_transformers_says_and_stop_together(fo
     os.kill(int(workers.stdout.split()[1]), signal.SIGTERM)
     out, errors = service.process.communicate(timeout=60)
     assert (service.process.returncode, out) == (0, "stopped: nothing was left to answer\n"), errors
+
+
+def test_sixteen_callers_and_eight_thousand_requests(folder: Path, served):
+    """Of many sizes, some of them bad: nothing is lost or crossed, and the queue stays within its bound."""
+    service = served("reward", {"serve.request-tokens": 256, "serve.queue": 12})
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward" / "policy").double().eval()
+    tokenizer, draw = digest(load_tokenizer(folder / "reward" / "policy")), random.Random(0)
+    known = [[draw.randrange(3, model.config.vocab_size) for _ in range(draw.randint(1, 12))] for _ in range(200)]
+    with torch.no_grad():
+        wanted = [float(model(torch.tensor([tokens])).logits[0, 0]) for tokens in known]
+    queues = []
+
+    def caller(number: int) -> float:
+        draw, worst = random.Random(number), 0.0
+        reward, connection = RemoteReward(service.address, [1.0]), Connection(service.address)
+        reward.check(tokenizer)
+        for i in range(500):
+            picked = draw.choices(range(200), k=draw.randint(1, 10))
+            given = reward.score([known[p] for p in picked])
+            worst = max(worst, *(abs(a - wanted[p]) for a, p in zip(given, picked, strict=True)))
+            if i % 25 == 0:
+                queues.append(ServiceStatus.of(connection.call(STATUS, {}, 60)).queue)
+                with pytest.raises(ServiceError, match="expected 0 to"):
+                    connection.call(REWARD, Sequences.pack([[5, 10**6]]).arrays(), 60)
+        return worst
+
+    with ThreadPoolExecutor(16) as pool:
+        assert max(pool.map(caller, range(16))) < 1e-5
+    assert len(queues) == 320 and 0 < max(queues) <= 12
 
 
 def ppo(folder: Path) -> tuple[dict, dict]:

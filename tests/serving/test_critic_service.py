@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from aligner.checkpoint import training
 from aligner.run import distributed
@@ -78,6 +81,12 @@ def request(version: int, run_id: str = "run", **changes) -> TrainRequest:
         weights_version=version,
     )
     return replace(made, **changes)
+
+
+# Nobody runs it: what passes the checks waits.
+FUZZED = CriticService(
+    Tally(), {"model": "m", "tokenizer": "t"}, LIMITS, 8, settings="{}", folder=Path("/nowhere"), begun={}
+)
 
 
 class Running:
@@ -275,6 +284,29 @@ def test_the_other_endpoints_refuse_what_they_do_not_know(running):
     columns = {name: np.ones(12, np.float32) for name in ("old_values_A", "returns_A", "weights_A")}
     whole = request(0, sequences=long, action_mask_N=np.ones(12, bool), **columns)
     assert running.train(whole).result(10)["weights_version"] == 1
+
+
+ANYTHING = arrays.arrays(
+    st.sampled_from(["int32", "int64", "float32", "float64", "bool"]),
+    arrays.array_shapes(min_dims=0, max_dims=2, min_side=0, max_side=6),
+) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=5).map(np.array)
+
+
+@given(st.sampled_from([TRAIN, VALUES, SAVE]), st.data())
+@settings(max_examples=300, deadline=None)
+def test_whatever_is_sent_is_refused_or_makes_sense(endpoint: str, data):
+    """A valid request with some arrays replaced or left out: an answer, or INVALID, and nothing else."""
+    values = ValuesRequest(sequences=SEQUENCES, action_mask_N=MASK, weights_version=0)
+    save = {"run_id": np.array("run"), "weights_version": np.array(0)}
+    whole = {TRAIN: request(0).arrays(), VALUES: values.arrays(), SAVE: save}[endpoint]
+    changed = data.draw(st.lists(st.sampled_from(sorted(whole)), min_size=1, max_size=3, unique=True))
+    asked = whole | {name: data.draw(ANYTHING) for name in changed[:2]}
+    for name in changed[2:]:
+        del asked[name]
+    try:
+        FUZZED.call(endpoint, asked)
+    except ServiceError as error:
+        assert error.code in (Code.INVALID, Code.BUSY)
 
 
 def test_a_digest_tells_requests_apart():
