@@ -68,8 +68,9 @@ def to_frame(arrays: Arrays) -> bytes:
     """The bytes of named arrays; texts are arrays of no dimension."""
     header, parts = [], []
     for name, array in arrays.items():
-        data = array.item().encode() if array.dtype.kind == "U" else np.ascontiguousarray(array).tobytes()
-        header.append([name, "str" if array.dtype.kind == "U" else array.dtype.name, [*array.shape, len(data)]])
+        text = array.dtype.kind == "U"
+        data = array.item().encode() if text else np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        header.append([name, "str" if text else array.dtype.name, [*array.shape, len(data)]])
         parts.append(data)
     words = json.dumps(header).encode()
     return b"".join([struct.pack("<I", len(words)), words, *parts])
@@ -80,11 +81,12 @@ def from_frame(frame: bytes) -> Arrays:
     try:
         (length,) = struct.unpack_from("<I", frame)
         header, position, arrays = json.loads(frame[4 : 4 + length]), 4 + length, {}
+        view = memoryview(frame)  # its slices are no copies
         for name, dtype, (*shape, num) in header:
             expect(dtype in DTYPES and min(shape, default=0) >= 0 and num >= 0, f"{name} is {dtype} {shape}")
-            data, position = frame[position : position + num], position + num
+            data, position = view[position : position + num], position + num
             if dtype == "str":
-                arrays[str(name)] = np.array(data.decode())
+                arrays[str(name)] = np.array(bytes(data).decode())
             else:
                 arrays[str(name)] = np.frombuffer(data, dtype, count=math.prod(shape)).reshape(shape)
                 expect(arrays[str(name)].nbytes == num, f"{name} has {num} bytes for {dtype} {shape}")
