@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aligner.checkpoint import training
+from aligner.checkpoint.model_folder import model_folder
 from aligner.data.tokenizer import digest
 from aligner.job.actor import open_reward_model
 from aligner.job.config import ModelToolConfig
@@ -26,6 +27,7 @@ from aligner.run.directory import CONFIG, RunDirectory
 from aligner.run.distributed import agree, is_main
 from aligner.serving.access import TRITON, AccessConfig
 from aligner.serving.critic_service import CriticService
+from aligner.serving.group import Group
 from aligner.serving.listen import ServeConfig, listen, watch
 from aligner.serving.reward_service import RewardService
 from aligner.serving.service import STATUS, Limits, ServiceError, ServiceStatus
@@ -47,31 +49,59 @@ class CriticServeConfig(Config):
     """Go on from the checkpoint of this step instead; newer ones are renamed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BothServeConfig(CriticServeConfig):
+    reward_model: str
+    """Reward model: folder of a run of aligner.reward_model, or of a Hugging Face sequence classifier."""
+    reward_port: int | None = None
+    """TCP port of the reward model; default the one after the critic's."""
+
+
 def serve_reward(argv: list[str]) -> int:
     config = options.parse(Config, argv)
     job, where = _prepare(config)
-    model = open_reward_model(job, job.folder)
-    return _serve(config.serve, RewardService(model, _digests(job), _limits(job), config.serve.queue), where)
+    group = _group(config)
+    return _serve(config.serve, group, [(reward_service(job, group, job.folder), where)])
 
 
 def serve_critic(argv: list[str]) -> int:
     config = options.parse(CriticServeConfig, argv)
-    c = config.serve
     job, where = _prepare(config)
-    goes_on = config.resume and config.output and (training.steps(config.output) or config.resume_step is not None)
-    checkpoint = training.latest(config.output, config.resume_step) if goes_on else None
-    begun = training.read_plain(checkpoint) if checkpoint else {"plain": {}}
-    started = bool(config.resume and config.output and (config.output / CONFIG).exists())
+    group = _group(config)
+    return _serve(config.serve, group, [(critic_service(job, group), where)])
+
+
+def serve_both(argv: list[str]) -> int:
+    """Critic and reward model in the same processes, side by side: two addresses, and one queue before the work."""
+    config = options.parse(BothServeConfig, argv)
+    job, where = _prepare(config)
+    group, port = _group(config), config.reward_port
+    port = port if port is not None else where["port"] and where["port"] + 1
+    folder = Path(model_folder(config.reward_model))
+    services = [(critic_service(job, group), where), (reward_service(job, group, folder), where | {"port": port})]
+    return _serve(config.serve, group, services)
+
+
+def reward_service(job: Job, group: Group, folder: Path) -> RewardService:
+    return RewardService(group, open_reward_model(job, folder), _digests(job, folder), _limits(job))
+
+
+def critic_service(job: Job, group: Group) -> CriticService:
+    """It goes on from the newest checkpoint, or from that of --resume-step, if there is one."""
+    c: CriticServeConfig = job.config
+    goes_on = c.resume and c.output and (training.steps(c.output) or c.resume_step is not None)
+    checkpoint = training.latest(c.output, c.resume_step) if goes_on else None
+    begun = training.read_plain(checkpoint)["plain"] if checkpoint else {}
+    started = bool(c.resume and c.output and (c.output / CONFIG).exists())
     needed_bytes = 2 * job.shape.num_bytes()
-    path = RunDirectory.create(config.output, "critic", options.to_yaml(config), started, needed_bytes).path
+    path = RunDirectory.create(c.output, "critic", options.to_yaml(c), started, needed_bytes).path
     if checkpoint and is_main():
         training.set_aside(checkpoint)
-    critic = local_critic(job, config.critic)
+    critic = local_critic(job, c.critic)
     if checkpoint:
         training.restore(checkpoint, {"critic": critic})
-    settings = critic_settings(job, config.critic)
-    shared = {"settings": settings, "folder": path, "begun": begun["plain"]}
-    return _serve(c, CriticService(critic, _digests(job), _limits(job), c.queue, **shared), where)
+    shared = {"settings": critic_settings(job, c.critic), "folder": path, "begun": begun}
+    return CriticService(group, critic, _digests(job, job.folder), _limits(job), **shared)
 
 
 def _prepare(config: Config) -> tuple[Job, dict]:
@@ -82,30 +112,37 @@ def _prepare(config: Config) -> tuple[Job, dict]:
     return job, where
 
 
+def _group(config: Config) -> Group:
+    return Group(config.serve.request_tokens, config.serve.queue)
+
+
 def _limits(job: Job) -> Limits:
     tokens = job.config.serve.request_tokens
     return Limits(vocabulary=job.shape.vocab, context=job.shape.context, tokens=tokens)
 
 
-def _digests(job: Job) -> dict[str, str]:
-    return {"model": fingerprint(job.folder), "tokenizer": digest(job.tokenizer)}
+def _digests(job: Job, folder: Path) -> dict[str, str]:
+    return {"model": fingerprint(folder), "tokenizer": digest(job.tokenizer)}
 
 
-def _serve(c: ServeConfig, service: RewardService | CriticService, where: dict) -> int:
-    """Listen and work until told to stop."""
-    stop = threading.Event()
-    started = agree(lambda: listen(c, service, where) if is_main() else None)
+def _serve(c: ServeConfig, group: Group, services: list[tuple[RewardService | CriticService, dict]]) -> int:
+    """Listen and work until told to stop. services: each with where it listens."""
+    stop, servers = threading.Event(), []
+    agree(lambda: servers.extend(listen(c, *each) for each in services) if is_main() else None)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    if started:
-        if c.metrics_port is not None:
-            print(f"metrics: http://{c.host}:{service.metrics.publish(c.host, c.metrics_port)}/metrics")
-        print(f"ready: {TRITON if c.transport == 'pytriton' else ''}{c.host}:{started.port}", flush=True)
-        threading.Thread(target=watch, args=(started, stop), daemon=True).start()
-    service.run(stop)
-    if started:
+    if servers and c.metrics_port is not None:
+        print(f"metrics: http://{c.host}:{group.metrics.publish(c.host, c.metrics_port)}/metrics")
+    for server in servers:
+        print(f"ready: {TRITON if c.transport == 'pytriton' else ''}{c.host}:{server.port}", flush=True)
+        threading.Thread(target=watch, args=(server, stop), daemon=True).start()
+    group.run(stop)
+    for service, _ in services:
+        service.finish()
+    if servers:
         stop.set()
-        started.stop()
+        for server in servers:
+            server.stop()
         print("stopped: nothing was left to answer", flush=True)
     return 0
 
@@ -125,10 +162,10 @@ def show_status(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"reward": serve_reward, "critic": serve_critic, "status": show_status}
+    commands = {"reward": serve_reward, "critic": serve_critic, "both": serve_both, "status": show_status}
     if not argv or argv[0] not in commands:
         raise ValueError(
-            f"got {argv[0] if argv else 'nothing'!r}, expected `aligner.serve reward`, `critic` or `status`."
+            f"got {argv[0] if argv else 'nothing'!r}, expected `aligner.serve reward`, `critic`, `both` or `status`."
         )
     return commands[argv[0]](argv[1:])
 

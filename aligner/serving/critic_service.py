@@ -22,15 +22,14 @@ from aligner.serving.service import (
     Arrays,
     Code,
     Limits,
+    SaveRequest,
     Sequences,
     ServiceError,
     ServiceStatus,
     TrainRequest,
     ValuesRequest,
     expect,
-    integer,
     resolved,
-    text,
 )
 
 KEPT = 8  # results of trainings, for callers whose answer was lost
@@ -38,10 +37,11 @@ Result = tuple[str, str, list[list[float]]]  # digest of the request, names and 
 
 
 class CriticService:
-    """All ranks make it and call run(); the first one takes requests meanwhile, from any thread.
+    """All ranks make it and run its group, then call finish(); the first one takes requests meanwhile, from any thread.
 
-    digests: of the "model" and of its "tokenizer". limits: of a request for values; about as many tokens are answered
-    at once. queue_size: requests that may wait. settings: what the critic is trained with, as text.
+    group: that works on its requests, with other services' or alone.
+    digests: of the "model" and of its "tokenizer". limits: of a request for values.
+    settings: what the critic is trained with, as text.
     folder: of the run, for checkpoints. begun: plain values of the checkpoint that it goes on from; empty at the start.
     """
 
@@ -50,10 +50,10 @@ class CriticService:
 
     def __init__(
         self,
+        group: Group,
         critic: LocalCritic,
         digests: dict[str, str],
         limits: Limits,
-        queue_size: int,
         *,
         settings: str,
         folder: Path,
@@ -62,8 +62,10 @@ class CriticService:
         self.critic, self._digests, self._limits, self._settings = critic, digests, limits, settings
         self._train_limits = Limits(vocabulary=limits.vocabulary, context=limits.context, tokens=sys.maxsize)
         self._identity = {name: np.array(digest) for name, digest in digests.items()}
-        self._group = Group(limits.tokens, queue_size)
-        self.metrics = self._group.metrics
+        self._group, self.metrics = group, group.metrics
+        group.works(VALUES, self._values)
+        group.works(TRAIN, lambda requests: [self._in_turn(requests[0], self._train)])
+        group.works(SAVE, lambda requests: [self._in_turn(requests[0], lambda _: self._save())])
         self._folder, self._saved = folder, begun.get("version", -1)
         self._run_id, self._version = begun.get("run_id", ""), begun.get("version", 0)
         self._lock = threading.Lock()
@@ -81,10 +83,7 @@ class CriticService:
         if endpoint == TRAIN:
             return self._train_once(TrainRequest.of(request, self._train_limits))
         expect(endpoint == SAVE, f"there is no endpoint {endpoint!r}, expected {' or '.join(self.endpoints)}")
-        known = {"run_id", "weights_version"}
-        expect(set(request) == known, f"got {sorted(request)}, expected run_id and weights_version")
-        identity = text(request, "run_id"), integer(request, "weights_version")
-        return self._group.submit(endpoint, identity, 0, changes=True)
+        return self._group.submit(endpoint, SaveRequest.of(request), 0, changes=True)
 
     def status(self) -> ServiceStatus:
         return ServiceStatus(
@@ -101,9 +100,8 @@ class CriticService:
             settings=self._settings,
         )
 
-    def run(self, stop: threading.Event) -> None:
-        """Works until `stop` is set on any rank and nothing waits, then saves what no checkpoint has."""
-        self._group.run(stop, self._answer)
+    def finish(self) -> None:
+        """Save what no checkpoint has; all ranks call it once the group has ended."""
         if self._version != max(self._saved, 0):
             self._save()
 
@@ -136,14 +134,8 @@ class CriticService:
         else:
             mine.set_result(done.result())
 
-    def _answer(self, endpoint: str, requests: list) -> list[Arrays | ServiceError]:
-        if endpoint == VALUES:
-            return self._values(requests)
-        (request,) = requests
-        run_id, version = (request.run_id, request.weights_version) if endpoint == TRAIN else request
-        if error := self._stale(version, run_id):
-            return [error]
-        return [self._train(request) if endpoint == TRAIN else self._save()]
+    def _in_turn(self, request: TrainRequest | SaveRequest, do) -> Arrays | ServiceError:
+        return self._stale(request.weights_version, request.run_id) or do(request)
 
     def _stale(self, version: int, run_id: str = "") -> ServiceError | None:
         if run_id and self._run_id and run_id != self._run_id:

@@ -17,7 +17,7 @@ from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.service import Arrays, Code, ServiceError
 
 BEAT_S = 1.0  # an idle group meets that often: no process group times out, and a wish to stop reaches all ranks
-Answer = Callable[[str, list], list[Arrays | ServiceError]]
+Answer = Callable[[list], list[Arrays | ServiceError]]  # a reply or an error for each request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Work:
 
 
 class Group:
-    """All ranks make it and call run(); the first one submits requests meanwhile, from any thread.
+    """All ranks make it, say what works() on what, and run() it; the first one submits requests, from any thread.
 
     tokens: about as many are answered at once. queue_size: requests that may wait.
     """
@@ -45,6 +45,11 @@ class Group:
         self._next: Work | None = None  # did not fit into the batch before
         self._beat = time.monotonic()
         self._draining = threading.Event()
+        self._answers: dict[str, Answer] = {}
+
+    def works(self, endpoint: str, answer: Answer) -> None:
+        """Requests of an endpoint go to `answer`, which all ranks call together."""
+        self._answers[endpoint] = answer
 
     def submit(self, endpoint: str, request, tokens: int, *, changes: bool = False) -> Future:
         """The future reply. Raises ServiceError when nothing more is taken."""
@@ -71,11 +76,8 @@ class Group:
         beat_age_s = time.monotonic() - self._beat
         return {"queue": self._waiting.qsize(), "beat_age_s": beat_age_s, "draining": self._draining.is_set()}
 
-    def run(self, stop: threading.Event, answer: Answer) -> None:
-        """Works until `stop` is set on any rank and nothing waits; the only code that runs collectives.
-
-        answer: (endpoint, requests) -> a reply or an error for each; all ranks call it together.
-        """
+    def run(self, stop: threading.Event) -> None:
+        """Works until `stop` is set on any rank and nothing waits; the only code that runs collectives."""
         while True:
             work = self._take() if is_main() else []
             batch = (work[0].endpoint, [w.request for w in work], work[0].changes) if work else None
@@ -83,18 +85,18 @@ class Group:
             if leave:
                 return
             if batch is not None:
-                self._answer(answer, work, *batch)
+                self._answer(work, *batch)
             if any(gather(stop.is_set)):
                 self._draining.set()
             self._beat = time.monotonic()
 
-    def _answer(self, answer: Answer, work: list[Work], endpoint: str, requests: list, changes: bool) -> None:
+    def _answer(self, work: list[Work], endpoint: str, requests: list, changes: bool) -> None:
         """All ranks call it; the first one has the callers of the batch."""
         began = time.monotonic()
         for w in work:
             self.metrics.queue_seconds.observe(began - w.came)
         try:
-            replies = answer(endpoint, requests)
+            replies = self._answers[endpoint](requests)
         except Exception as error:
             if work:
                 print(f"error: {len(work)} {endpoint} failed: {error}", file=sys.stderr, flush=True)

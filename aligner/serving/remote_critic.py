@@ -27,6 +27,7 @@ from aligner.serving.service import (
     VALUES,
     Arrays,
     Code,
+    SaveRequest,
     Sequences,
     ServiceError,
     ServiceStatus,
@@ -207,7 +208,7 @@ class RemoteCritic:
         return [dict(zip(names, numbers, strict=True)) for numbers in reply["statistics_SK"].tolist()]
 
     def _save(self, version: int) -> None:
-        self._ask(SAVE, {"run_id": np.array(self._run_id), "weights_version": np.array(version)}, version)
+        self._ask(SAVE, SaveRequest(run_id=self._run_id, weights_version=version).arrays(), version)
         self._log.forget(lambda logged: logged < version)
 
     def _ask(self, endpoint: str, request: Arrays, version: int) -> Arrays:

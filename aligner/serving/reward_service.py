@@ -1,6 +1,5 @@
 """A reward model as a service: requests of many callers, answered in batches by a group of ranks."""
 
-import threading
 from concurrent.futures import Future
 
 import numpy as np
@@ -13,19 +12,19 @@ from aligner.serving.service import REWARD, STATUS, Arrays, Limits, Sequences, S
 
 
 class RewardService:
-    """All ranks make it and call run(); the first one takes requests meanwhile, from any thread.
+    """All ranks make it and run its group; the first one takes requests meanwhile, from any thread.
 
-    digests: of the "model" and of its "tokenizer". limits: of a request; about as many tokens are answered at once.
-    queue_size: requests that may wait.
+    group: that works on its requests, with other services' or alone.
+    digests: of the "model" and of its "tokenizer". limits: of a request.
     """
 
     endpoints = (REWARD, STATUS)
 
-    def __init__(self, model: RewardModel, digests: dict[str, str], limits: Limits, queue_size: int):
+    def __init__(self, group: Group, model: RewardModel, digests: dict[str, str], limits: Limits):
         self.model, self._digests, self._limits = model, digests, limits
         self._identity = {name: np.array(digest) for name, digest in digests.items()}
-        self._group = Group(limits.tokens, queue_size)
-        self.metrics = self._group.metrics
+        self._group, self.metrics = group, group.metrics
+        group.works(REWARD, self._answer)
         self.request_bytes = 16 * limits.tokens + (1 << 16)
 
     def call(self, endpoint: str, request: Arrays) -> Future:
@@ -48,11 +47,10 @@ class RewardService:
             **self._group.state(),
         )
 
-    def run(self, stop: threading.Event) -> None:
-        """Answers until `stop` is set on any rank and nothing waits."""
-        self._group.run(stop, self._answer)
+    def finish(self) -> None:
+        """Nothing: its weights never change."""
 
-    def _answer(self, _endpoint: str, requests: list[Sequences]) -> list[Arrays]:
+    def _answer(self, requests: list[Sequences]) -> list[Arrays]:
         batch = Sequences.join(requests)
         packed = last_tokens(torch.from_numpy(batch.tokens_N), torch.from_numpy(batch.cu_seqlens).int())
         scores_BK = self.model.infer(packed)[packed.cu_seqlens[1:].long() - 1].numpy()

@@ -233,6 +233,24 @@ class TrainRequest:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SaveRequest:
+    """A checkpoint of these weights of this run."""
+
+    run_id: str
+    weights_version: int
+
+    def arrays(self) -> Arrays:
+        return {name: np.array(value) for name, value in vars(self).items()}
+
+    @staticmethod
+    def of(arrays: Arrays) -> "SaveRequest":
+        """Raises ServiceError INVALID."""
+        names = {"run_id", "weights_version"}
+        expect(set(arrays) == names, f"got {sorted(arrays)}, expected run_id and weights_version")
+        return SaveRequest(run_id=text(arrays, "run_id"), weights_version=integer(arrays, "weights_version"))
+
+
 def _mask(arrays: Arrays, sequences: Sequences) -> np.ndarray:
     mask_N, num = arrays["action_mask_N"], len(sequences.tokens_N)
     expect(

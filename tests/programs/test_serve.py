@@ -24,7 +24,7 @@ from aligner.serving.remote import Patience, RemoteReward
 from aligner.serving.service import REWARD, STATUS, Sequences, ServiceError, ServiceStatus
 from tests.programs import every
 from tests.programs.runs import metrics, run, samples
-from tests.programs.services import Launched, Service
+from tests.programs.services import Launched, Service, free_port
 from tests.programs.test_every_program import OF_THE_LAYOUT
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def served(folder: Path, tmp_path):
     services = []
 
     def start(kind: str, options: dict | None = None, processes: int = 1) -> Service | Launched:
-        options = {"model": folder / {"reward": "reward", "critic": "model"}[kind]} | (options or {})
+        options = {"model": folder / ("reward" if kind == "reward" else "model")} | (options or {})
         log = tmp_path / f"service-{len(services)}.log"
         services.append(Launched(kind, options, processes) if processes > 1 else Service(kind, options, log))
         return services[-1]
@@ -216,6 +216,20 @@ def test_critic_and_reward_model_on_layouts_of_their_own(folder: Path, served, t
     assert all((tensor - mine[name]).abs().max() < 1e-6 for name, tensor in theirs.items())
 
 
+def test_critic_and_reward_model_in_the_same_processes(folder: Path, served, tmp_path):
+    command, function = ppo(folder)
+    command |= function | {"reward.weights": (0.5, 2.0)}
+    own = run("ppo", tmp_path / "own", command | {"reward.model": folder / "reward"})
+    port = free_port()
+    options = critic_options(command, tmp_path / "critic") | {"reward-model": folder / "reward", "reward-port": port}
+    both = served("both", options)
+    asked = run("ppo", tmp_path / "asked", command | {"critic.url": both.address, "reward.url": f"127.0.0.1:{port}"})
+    for mine, theirs in zip(metrics(asked), metrics(own), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+    assert both.end() == [0] and both.words().count("\nready: ") == 2
+    assert [f.name for f in (tmp_path / "critic" / "checkpoints").iterdir()] == ["step-3"]
+
+
 def refusal(tmp_path: Path, command: dict, service: Service) -> str:
     with pytest.raises(ValueError) as error:
         run("ppo", tmp_path, command | {"critic.url": service.address})
@@ -290,7 +304,7 @@ def test_status_says_what_is_served(served, folder: Path, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "got 'nothing', expected `aligner.serve reward`, `critic` or `status`"),
+        ([], "got 'nothing', expected `aligner.serve reward`, `critic`, `both` or `status`"),
         (["critics"], "got 'critics', expected"),
         (["status"], "got no address"),
         (["reward", "--model", "{folder}/model"], "is no reward model; train one"),

@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as arrays
 from aligner.checkpoint import training
 from aligner.run import distributed
 from aligner.serving.critic_service import CriticService
+from aligner.serving.group import Group
 from aligner.serving.service import (
     SAVE,
     STATUS,
@@ -85,7 +86,13 @@ def request(version: int, run_id: str = "run", **changes) -> TrainRequest:
 
 # Nobody runs it: what passes the checks waits.
 FUZZED = CriticService(
-    Tally(), {"model": "m", "tokenizer": "t"}, LIMITS, 8, settings="{}", folder=Path("/nowhere"), begun={}
+    Group(10, 8),
+    Tally(),
+    {"model": "m", "tokenizer": "t"},
+    LIMITS,
+    settings="{}",
+    folder=Path("/nowhere"),
+    begun={},
 )
 
 
@@ -96,9 +103,14 @@ class Running:
         distributed.initialize(1)
         self.critic, self.stop = Tally(), threading.Event()
         shared = {"settings": "{}", "folder": folder, "begun": begun or {}}
-        self.service = CriticService(self.critic, {"model": "m", "tokenizer": "t"}, LIMITS, 8, **shared)
-        self.thread = threading.Thread(target=self.service.run, args=(self.stop,))
+        self.group = Group(LIMITS.tokens, 8)
+        self.service = CriticService(self.group, self.critic, {"model": "m", "tokenizer": "t"}, LIMITS, **shared)
+        self.thread = threading.Thread(target=self.run)
         self.thread.start()
+
+    def run(self) -> None:
+        self.group.run(self.stop)
+        self.service.finish()
 
     def train(self, asked: TrainRequest) -> Future:
         return self.service.call(TRAIN, asked.arrays())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from aligner.serving.group import Group
 from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.reward_service import RewardService
 from aligner.serving.service import REWARD, STATUS, Code, Limits, Sequences, ServiceError, ServiceStatus
@@ -42,8 +43,9 @@ class Sum:
 def running():
     """(model, service, stop, thread) of a service that takes up to 4 requests."""
     model, stop = Sum(), threading.Event()
-    service = RewardService(model, {"model": "m", "tokenizer": "t"}, LIMITS, queue_size=4)
-    thread = threading.Thread(target=service.run, args=(stop,))
+    group = Group(LIMITS.tokens, queue_size=4)
+    service = RewardService(group, model, {"model": "m", "tokenizer": "t"}, LIMITS)
+    thread = threading.Thread(target=group.run, args=(stop,))
     thread.start()
     yield model, service, stop, thread
     model.go.set()
