@@ -46,7 +46,7 @@ class CriticService:
     """
 
     endpoints = (VALUES, TRAIN, SAVE, STATUS)
-    request_bytes = 256 << 20
+    request_bytes = 4 << 30  # a training is a whole rollout
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """Services over plain gRPC: named arrays in one frame, a shared secret, TLS, deadlines.
 
 A frame is 4 bytes, little-endian: the length of a JSON list of [name, dtype, shape]; the list; the arrays' bytes in its
-order. Nothing in it is executed: no pickle.
+order. Nothing in it is executed: no pickle. A frame above CHUNK comes as a stream of pieces, by the method whose name
+ends in STREAMED. /grpc.health.v1.Health/Check answers whoever asks, with or without the token.
 """
 
 import hmac
@@ -10,17 +11,22 @@ import math
 import struct
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 import numpy as np
 
-from aligner.serving.service import Arrays, Code, Service, ServiceError, expect
+from aligner.serving.service import STATUS, Arrays, Code, Service, ServiceError, ServiceStatus, expect
 
-MAX_BYTES = 256 << 20
+MAX_BYTES = 256 << 20  # of a message; a frame in pieces may have more
+CHUNK = 64 << 20
+STREAMED = ".streamed"
+ALIVE_S = 1800.0  # a service whose ranks have not met for so long is not healthy: no batch takes as long
+SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckResponse, its field 1
 MAX_WORDS = 1000  # of a message to a caller: gRPC sends no more than 16 kB of them
 GRACE_S = 5.0  # for answers that are on their way when the service ends
 LONGEST_S = 600.0  # of a call without a deadline of its own
@@ -131,7 +137,7 @@ def serve(
     """A started server.
 
     token: that callers must show; empty lets everybody. tls: None listens in the clear.
-    calls: at once, those that wait too; each holds a thread. request_bytes: of a frame, at most.
+    calls: at once, those that wait too; each holds a thread. request_bytes: of a frame, at most, in one piece or many.
     Raises ValueError when it cannot listen there.
     """
 
@@ -157,15 +163,27 @@ def serve(
         service.metrics.requests.labels(endpoint, code.value).inc()
         context.abort(STATUS_OF[code], ascii(f"{code.value}: {words}")[1:-1][:MAX_WORDS])
 
-    methods = {
-        name: grpc.unary_unary_rpc_method_handler(lambda frame, context, name=name: answer(name, frame, context))
-        for name in endpoints
-    }
+    def answer_pieces(endpoint: str, pieces: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        held, size = [], 0
+        for piece in pieces:
+            held, size = [*held, piece], size + len(piece)
+            if size > request_bytes:
+                words = f"got a frame of more than {request_bytes} bytes; send less at once."
+                context.abort(STATUS_OF[Code.INVALID], f"{Code.INVALID.value}: {words}")
+        yield from in_pieces(answer(endpoint, b"".join(held), context))
+
+    methods = {}
+    for name in endpoints:
+        methods[name] = grpc.unary_unary_rpc_method_handler(partial(answer, name))
+        methods[name + STREAMED] = grpc.stream_stream_rpc_method_handler(partial(answer_pieces, name))
+    health = {"Check": grpc.unary_unary_rpc_method_handler(lambda _asked, _context: _health(service))}
     pool = ThreadPoolExecutor(max_workers=calls, thread_name_prefix="grpc")
     # Without SO_REUSEPORT a second server on the port is an error, not a rival.
-    options = [*OPTIONS[1:], ("grpc.max_receive_message_length", request_bytes), ("grpc.so_reuseport", 0)]
+    longest = min(request_bytes, MAX_BYTES)
+    options = [*OPTIONS[1:], ("grpc.max_receive_message_length", longest), ("grpc.so_reuseport", 0)]
     server = grpc.server(pool, options=options, maximum_concurrent_rpcs=calls)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(PATH, methods),))
+    known = {PATH: methods, "grpc.health.v1.Health": health}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(*pair) for pair in known.items()])
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         if tls:
@@ -185,6 +203,17 @@ def serve(
     return GrpcServer(server, bound)
 
 
+def in_pieces(frame: bytes) -> Iterator[bytes]:
+    """The frame in messages of at most CHUNK bytes."""
+    for start in range(0, len(frame), CHUNK):
+        yield frame[start : start + CHUNK]
+
+
+def _health(service: Service) -> bytes:
+    status = ServiceStatus.of(service.call(STATUS, {}).result())
+    return SERVING if status.beat_age_s < ALIVE_S and not status.draining else NOT_SERVING
+
+
 class Connection:
     """Calls of one service; any thread may make them.
 
@@ -202,9 +231,11 @@ class Connection:
 
     def call(self, endpoint: str, request: Arrays, deadline_s: float) -> Arrays:
         """The reply. Raises ServiceError."""
-        method = self._channel.unary_unary(f"/{PATH}/{endpoint}")
+        frame, path, how = to_frame(request), f"/{PATH}/{endpoint}", {"timeout": deadline_s, "metadata": self._metadata}
         try:
-            return from_frame(method(to_frame(request), timeout=deadline_s, metadata=self._metadata))
+            if len(frame) <= CHUNK:
+                return from_frame(self._channel.unary_unary(path)(frame, **how))
+            return from_frame(b"".join(self._channel.stream_stream(path + STREAMED)(in_pieces(frame), **how)))
         except grpc.RpcError as error:
             words, status = error.details() or "", error.code()
         code = next((code for code, known in STATUS_OF.items() if known is status), Code.FAILED)

@@ -181,10 +181,13 @@ class Switch:
 
 
 @pytest.fixture(scope="module")
-def triton():
+def triton(tmp_path_factory):
     switch = Switch()
     server = TritonServer(switch, (REWARD, STATUS), host="127.0.0.1", port=0, token=SECRET)
-    yield switch, f"triton://127.0.0.1:{server.port}"
+    address = f"triton://127.0.0.1:{server.port}"
+    (secret := tmp_path_factory.mktemp("triton") / "secret").write_text(SECRET)
+    remote(address, token_file=str(secret), patience=PATIENT).score([[1]])  # the first calls of a model take longer
+    yield switch, address
     server.stop()
 
 
@@ -199,12 +202,14 @@ def both(request, served, tmp_path):
         else:
             switch, address = request.getfixturevalue("triton")
             switch.target = service
+            options = {"patience": PATIENT} | options
         return remote(address, **{"token_file": str(tmp_path / "secret")} | options)
 
     return connect
 
 
 QUICK = Patience(deadline_s=0.5, total_s=8.0, start_s=8.0)
+PATIENT = Patience(deadline_s=3.0, total_s=60.0, start_s=60.0)  # of several processes on a busy machine
 
 
 def remote(address: str, *, patience: Patience = QUICK, weights=(1.0, 0.0), **options) -> RemoteReward:
@@ -502,6 +507,38 @@ def test_a_port_in_use(served):
         ValueError, match=f"cannot listen on {address}; the port is in use, or the address is not this machine's\\."
     ):
         served(Sums(), int(address.rpartition(":")[2]))
+
+
+def test_a_large_frame_goes_in_pieces_both_ways(served, monkeypatch):
+    monkeypatch.setattr(grpc_transport, "CHUNK", 1000)
+    service = Sums()
+    connection = Connection(served(service, request_bytes=60_000, token=SECRET), token=SECRET)
+    sent, received = [], grpc_transport.in_pieces
+    monkeypatch.setattr(grpc_transport, "in_pieces", lambda frame: sent.append(len(frame)) or received(frame))
+    monkeypatch.setitem(globals(), "LIMITS", Limits(vocabulary=100, context=6, tokens=50_000))
+    sequences = [[n % 100, 7] for n in range(3000)]
+    reply = connection.call(REWARD, Sequences.pack(sequences).arrays(), 30.0)
+    assert reply["rewards_BK"].tolist() == [[n % 100 + 7, 2] for n in range(3000)]
+    assert len(sent) == 2 and min(sent) > 20_000  # request and reply
+    with pytest.raises(ServiceError, match="got a frame of more than 60000 bytes") as error:
+        connection.call(REWARD, Sequences.pack(sequences * 3).arrays(), 30.0)
+    assert error.value.code is Code.INVALID
+    stranger = Connection(served(service, token=SECRET))
+    with pytest.raises(ServiceError, match="the token is missing") as error:
+        stranger.call(REWARD, Sequences.pack(sequences).arrays(), 30.0)
+    assert error.value.code is Code.UNAUTHENTICATED
+
+
+def test_health_is_told_to_everybody(served, monkeypatch):
+    """In the encoding of grpc.health.v1: field 1, 1 for SERVING and 2 for NOT_SERVING."""
+    channel = grpc.insecure_channel(served(Sums(), token=SECRET))
+    check = channel.unary_unary("/grpc.health.v1.Health/Check")
+    assert check(b"", timeout=5) == bytes([0x08, 1])
+    for change in ({"draining": True}, {"beat_age_s": 10_000.0}):
+        with monkeypatch.context() as patch:
+            patch.setitem(globals(), "STATE", replace(STATE, **change))
+            assert check(b"\x0a\x06reward", timeout=5) == bytes([0x08, 2])
+    channel.close()
 
 
 def test_statuses_come_through(served):
