@@ -11,7 +11,6 @@ import torch
 
 from aligner.checkpoint import training
 from aligner.data.batch import SupervisedBatch, ValueBatch
-from aligner.run.distributed import agree
 from aligner.serving.group import Group
 from aligner.serving.local import LocalCritic
 from aligner.serving.service import (
@@ -65,7 +64,7 @@ class CriticService:
         self._group, self.metrics = group, group.metrics
         group.works(VALUES, self._values)
         group.works(TRAIN, lambda requests: [self._in_turn(requests[0], self._train)])
-        group.works(SAVE, lambda requests: [self._in_turn(requests[0], lambda _: self._save())])
+        group.works(SAVE, lambda requests: [self._in_turn(requests[0], self._try_save)])
         self._folder, self._saved = folder, begun.get("version", -1)
         self._run_id, self._version = begun.get("run_id", ""), begun.get("version", 0)
         self._lock = threading.Lock()
@@ -101,7 +100,7 @@ class CriticService:
         )
 
     def finish(self) -> None:
-        """Save what no checkpoint has; all ranks call it once the group has ended."""
+        """Save what no checkpoint has; all ranks call it once the group has ended. Raises OSError on all of them."""
         if self._version != max(self._saved, 0):
             self._save()
 
@@ -179,18 +178,21 @@ class CriticService:
         shared = {"weights_version": np.array(version + 1), "replayed": np.array(replayed)}
         return shared | {"names": np.array(names), "statistics_SK": np.array(numbers, np.float64)}
 
-    def _save(self) -> Arrays | ServiceError:
-        """Weights, optimizer and results as one checkpoint; what was saved already is not written again."""
-        if self._version != self._saved:
-            plain = {"run_id": self._run_id, "version": self._version, "results": self._results}
-            state = {"critic": self.critic.state_dict(), "plain": plain}
-            try:
-                agree(lambda: training.save(self._folder, self._version, state))
-            except OSError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                return ServiceError(Code.FAILED, "the checkpoint could not be written; the service's log says why.")
-            self._saved = self._version
+    def _try_save(self, _request: SaveRequest) -> Arrays | ServiceError:
+        """What was saved already is not written again."""
+        try:
+            if self._version != self._saved:
+                self._save()
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return ServiceError(Code.FAILED, "the checkpoint could not be written; the service's log says why.")
         return {"weights_version": np.array(self._version)}
+
+    def _save(self) -> None:
+        """Weights, optimizer and results as one checkpoint."""
+        plain = {"run_id": self._run_id, "version": self._version, "results": self._results}
+        training.save(self._folder, self._version, {"critic": self.critic.state_dict(), "plain": plain})
+        self._saved = self._version
 
 
 def _packed(sequences: Sequences, mask_N: np.ndarray) -> SupervisedBatch:

@@ -93,7 +93,7 @@ class RemoteCritic:
     for. When the service has fewer, because it was started again from its last save, it is given the missing trainings
     from the run's log first.
 
-    config: names the service. tokenizer: digest of the run's. settings: as of `settings`.
+    remote: None on the other ranks. tokenizer: digest of the run's. settings: as of job.critic.critic_settings.
     run: the run's folder, for the log. saved: the plain values that state_dict() gave; empty at a first start.
     saves: steps of the run's checkpoints.
     Raises ValueError on all ranks unless the service is ready, fits, and is where the run is.
@@ -133,9 +133,8 @@ class RemoteCritic:
     def _begin(self, tokenizer: str, saves: list[int]) -> None:
         status = self._first = self._remote.start("critic", tokenizer)
         self._check_settings(status)
-        self._log.forget(lambda version: version >= self._version)  # of steps that this run does again
         self._check_run(status)
-        if status.weights_version > self._version or self._missing(status):
+        if status.weights_version > self._version or self._missing(status, self._version):
             common = set(saves) & {int(step) for step in status.checkpoints.split(",") if step}
             advice = "start both anew"
             if common:
@@ -144,6 +143,7 @@ class RemoteCritic:
                 f"this run is at step {self._version} and the critic at {self._remote.address} at step "
                 f"{status.weights_version}; {advice}."
             )
+        self._log.forget(lambda version: version >= self._version)  # of steps that this run does again
 
     def _check_settings(self, status: ServiceStatus) -> None:
         theirs, ours = json.loads(status.settings), json.loads(self._settings)
@@ -161,9 +161,9 @@ class RemoteCritic:
                 "start the service with a new --output, or --resume the run that it belongs to."
             )
 
-    def _missing(self, status: ServiceStatus) -> set[int]:
-        """Versions between the service's and this run's whose training is not in the log."""
-        return set(range(status.weights_version, self._version)) - set(self._log.versions())
+    def _missing(self, status: ServiceStatus, version: int) -> set[int]:
+        """Trainings between the service's version and this one that are not in the log."""
+        return set(range(status.weights_version, version)) - set(self._log.versions())
 
     def _values(self, rollout, version: int) -> Tensor:
         mask_N, starts = rollout.action_mask_N, rollout.cu_seqlens.tolist()
@@ -227,15 +227,14 @@ class RemoteCritic:
         self._check_settings(status)
         check_identity(self._remote, status.arrays(), self._first)
         self._check_run(status)
-        behind = range(status.weights_version, version)
-        if status.weights_version > version or not set(behind) <= set(self._log.versions()):
+        if status.weights_version > version or self._missing(status, version):
             raise ValueError(
                 f"the critic at {self._remote.address} is at step {status.weights_version}, this run needs {version} "
                 f"({said}); stop both and --resume them from the newest step that both have saved."
             )
-        for missing in behind:
-            print(f"the critic has fallen back: training {missing} again", file=sys.stderr, flush=True)
+        for behind in range(status.weights_version, version):
+            print(f"the critic has fallen back: training {behind} again", file=sys.stderr, flush=True)
             try:
-                self._remote.call(TRAIN, self._log.read(missing), passes=(Code.PRECONDITION,))
+                self._remote.call(TRAIN, self._log.read(behind), passes=(Code.PRECONDITION,))
             except ServiceError:
                 return  # it has fallen back once more

@@ -240,6 +240,19 @@ def test_a_save_that_fails_is_told_and_the_service_lives(running, tmp_path, caps
     assert "could not be written" in capsys.readouterr().err
 
 
+def test_a_last_save_that_fails_is_an_error(tmp_path):
+    service = Running(tmp_path)
+    service.train(request(0)).result(10)
+    (tmp_path / "checkpoints").write_text("in the way")
+    failed, hook = [], threading.excepthook
+    threading.excepthook = lambda arguments: failed.append(arguments.exc_value)
+    try:
+        service.end()
+    finally:
+        threading.excepthook = hook
+    assert isinstance(failed[0], OSError) and "could not be written" in str(failed[0])
+
+
 def test_a_training_that_fails_ends_the_service(tmp_path, capsys):
     """Some of its optimizer steps may have been applied: only the last save is whole."""
     service, died = Running(tmp_path), []
