@@ -96,10 +96,10 @@ def step(run: Run, number: int) -> Logged:
     seed = c.seed * 2**32 + number
 
     with timers("sample"):
-        scored = actor.sample(actor.prompts(number - 1), seed)
+        scored = actor.sample(actor.prompts(number - 1), seed, run.critic)
         rollout = scored.rollout
     with timers("values"):
-        values = run.critic.infer(rollout)
+        values = run.critic.infer(rollout, scored.values())
     with timers("logprobs"):
         logprobs_N, entropy_N = run.policy.infer(rollout)
     with timers("reference"):

@@ -83,7 +83,7 @@ def serve_both(argv: list[str]) -> int:
 
 
 def reward_service(job: Job, group: Group, folder: Path) -> RewardService:
-    return RewardService(group, open_reward_model(job, folder), _digests(job, folder), _limits(job))
+    return RewardService(group, open_reward_model(job, folder), _digests(job, folder), _limits(job), job.encoder)
 
 
 def critic_service(job: Job, group: Group) -> CriticService:
@@ -101,7 +101,7 @@ def critic_service(job: Job, group: Group) -> CriticService:
     if checkpoint:
         training.restore(checkpoint, {"critic": critic})
     shared = {"settings": critic_settings(job, c.critic), "folder": path, "begun": begun}
-    return CriticService(group, critic, _digests(job, job.folder), _limits(job), **shared)
+    return CriticService(group, critic, _digests(job, job.folder), _limits(job), job.encoder, **shared)
 
 
 def _prepare(config: Config) -> tuple[Job, dict]:

@@ -30,7 +30,9 @@ from aligner.rollout.scoring import Scored, sample_and_score
 from aligner.rollout.transcript import Transcript
 from aligner.run import distributed
 from aligner.run.distributed import agree
+from aligner.serving.local import LocalCritic
 from aligner.serving.remote import RemoteReward
+from aligner.serving.remote_critic import RemoteCritic
 from aligner.serving.reward import RewardConfig, load_reward
 from aligner.serving.rewards import Rewards
 
@@ -63,7 +65,8 @@ def load_rewards(job: Job, config: RewardConfig) -> Rewards:
 
 def _served_rewards(job: Job, config: RewardConfig) -> list[RemoteReward]:
     """Connected, ready and of the run's tokenizer."""
-    served = [RemoteReward(url, config.attribute_weights or (1.0,), config) for url in config.url]
+    shared = {"access": config, "dtype": config.answer_dtype}
+    served = [RemoteReward(url, config.attribute_weights or (1.0,), **shared) for url in config.url]
     for reward in served:
         reward.check(digest(job.tokenizer))
     return served
@@ -115,21 +118,21 @@ class Actor:
         """Of the batch with this number, 0-based."""
         return self.train.batch(batch, self.config.batch.sequences // self.config.batch.samples_per_prompt)
 
-    def sample(self, prompts: list[Prompt], seed: int) -> Scored:
-        """config.batch.samples_per_prompt responses to each prompt; rewards are on their way."""
+    def sample(self, prompts: list[Prompt], seed: int, critic: LocalCritic | RemoteCritic | None = None) -> Scored:
+        """config.batch.samples_per_prompt responses to each prompt; rewards and a critic's values are on their way."""
         for network in self._offloaded:
             network.offload.leave()
-        return self.answer(prompts, self.config.batch.samples_per_prompt, seed)
+        return self.answer(prompts, self.config.batch.samples_per_prompt, seed, critic)
 
-    def answer(self, prompts: list[Prompt], n: int, seed: int) -> Scored:
-        """n responses to each prompt; rewards are on their way."""
+    def answer(self, prompts: list[Prompt], n: int, seed: int, critic: LocalCritic | RemoteCritic | None = None):
+        """n responses to each prompt; rewards, and values of a critic, are on their way."""
         sampling = self.config.sampling.sampling(seed, self.transcript.stop)
-        shared = (self.transcript, self.rewards, self._dialogue)
+        shared = (self.transcript, self.rewards, self._dialogue, critic, self.config.batch.tokens_per_micro_batch)
         return sample_and_score(self.replica.sampler, prompts, sampling, n, *shared)
 
     def raw_rewards(self, scored: Scored) -> Tensor:
         """(B,) float32, reward units: waits for the functions, asks the models."""
-        return self.rewards.total(scored.rewards(), scored.rollout)
+        return self.rewards.total(scored.rewards(), scored.rollout, scored.shares())
 
     def shaped(self, raw_B: Tensor, rollout: Rollout, overlong: tuple[float, float, float] | None = None) -> Tensor:
         """What is trained on: standardised, clipped, less penalties (losses.shaping)."""

@@ -9,7 +9,7 @@ from aligner.job.job import Job
 from aligner.models.critic import Critic, CriticConfig
 from aligner.models.parallel import NetworkPlan
 from aligner.run import config as options
-from aligner.run.distributed import is_main
+from aligner.run.distributed import place
 from aligner.serving.local import LocalCritic
 from aligner.serving.remote import Remote
 from aligner.serving.remote_critic import RemoteCritic, ServedCriticConfig
@@ -43,6 +43,7 @@ def open_critic(job: Job, config: ServedCriticConfig) -> LocalCritic | RemoteCri
     saved = job.plain().get("critic", {})
     if job.checkpoint and "run_id" not in saved:
         raise ValueError(f"{job.checkpoint} has a critic of its own; leave --critic.url out to go on with it.")
-    remote = Remote("critic", config.url, options="critic", access=config) if is_main() else None
+    remote = Remote("critic", config.url, options="critic", access=config) if place().leads else None
     path = job.directory.path
-    return RemoteCritic(remote, digest(job.tokenizer), critic_settings(job, config), path, saved, training.steps(path))
+    where = {"run": path, "saved": saved, "saves": training.steps(path), "dtype": config.answer_dtype}
+    return RemoteCritic(remote, digest(job.tokenizer), critic_settings(job, config), **where)

@@ -1,6 +1,6 @@
 """The critic: the value of each action token, and its update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -63,9 +63,12 @@ class Critic:
             value_head=zero_head(shape.hidden, 1, bias=True),
         )
 
-    def infer(self, rollout) -> Tensor:
-        """values_N of the action tokens, float32, reward units; 0 elsewhere."""
-        return self.network.run(rollout, lambda hidden, layout: (self._values(hidden, layout),), outputs=1)[0]
+    def infer(self, rollout, parts: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """values_N of the action tokens, float32, reward units; 0 elsewhere.
+
+        parts: as of models.network.Network.run.
+        """
+        return self.network.run(rollout, lambda hidden, layout: (self._values(hidden, layout),), 1, parts)[0]
 
     def update(self, batch, loss: Callable[[Tensor, object], tuple[Tensor, Stats]]) -> Stats:
         """One optimizer step on `loss(values_N, micro_batch) -> (scalar, statistics)`."""

@@ -139,16 +139,42 @@ def deal(
     Source: Graham 1969, doi:10.1137/0117039 (longest processing time first); Johnson 1974, doi:10.1137/0203025 (first
     fit decreasing).
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    shares = _lightest_first([length + quadratic * length**2 for length in lengths], ranks)
+    return [_filled(_packed([(i, lengths[i]) for i in share], budget), multiple) for share in shares]
+
+
+def deal_parts(
+    lengths: Sequence[int],
+    parts: Sequence[Sequence[int]],
+    ranks: int,
+    budget: int,
+    *,
+    quadratic: float = 0.0,
+    multiple: int = 1,
+) -> list[list[list[int]]]:
+    """As deal(), but no micro-batch has sequences of two parts, or depends on the number of ranks.
+
+    parts: sequence indices, each in one part.
+    """
+    micros = []
+    for part in parts:
+        longest_first = sorted(part, key=lambda i: (-lengths[i], i))
+        micros += _packed([(i, lengths[i]) for i in longest_first], budget)
+    costs = [sum(lengths[i] + quadratic * lengths[i] ** 2 for i in micro) for micro in micros]
+    return [_filled([micros[m] for m in share], multiple) for share in _lightest_first(costs, ranks)]
+
+
+def _lightest_first(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices dealt to ranks: the costliest first, to the rank with the least to do."""
     work, dealt = [0.0] * ranks, [[] for _ in range(ranks)]
-    for i in order:
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         rank = min(range(ranks), key=lambda r: (work[r], r))
-        work[rank] += lengths[i] + quadratic * lengths[i] ** 2
+        work[rank] += costs[i]
         dealt[rank].append(i)
-    return [_packed([(i, lengths[i]) for i in share], budget, multiple) for share in dealt]
+    return dealt
 
 
-def _packed(share: list[tuple[int, int]], budget: int, multiple: int) -> list[list[int]]:
+def _packed(share: list[tuple[int, int]], budget: int) -> list[list[int]]:
     groups: list[list[int]] = []
     room: list[int] = []
     for i, length in share:
@@ -159,4 +185,8 @@ def _packed(share: list[tuple[int, int]], budget: int, multiple: int) -> list[li
         else:
             groups[fits].append(i)
             room[fits] -= length
+    return groups
+
+
+def _filled(groups: list[list[int]], multiple: int) -> list[list[int]]:
     return groups + [[] for _ in range(-len(groups) % multiple if groups else multiple)]

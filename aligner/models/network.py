@@ -5,7 +5,7 @@ and tokens it computes is decided here.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from aligner.models import cpu, gpt, lora, optimizer_state
 from aligner.models.attention import Segments
-from aligner.models.microbatch import Layout, deal
+from aligner.models.microbatch import Layout, deal, deal_parts
 from aligner.models.offload import Offload
 from aligner.models.parallel import check
 from aligner.models.shape import ModelShape
@@ -154,10 +154,10 @@ class Network:
         rank = parallel_state.get_tensor_model_parallel_rank()
         return megatron_entry(name, parameter, self.shape, rank=rank, ranks=self.parallel.tensor)
 
-    def _micro_batches(self, batch) -> list[list[int]]:
+    def _micro_batches(self, batch, parts: Sequence[Sequence[int]] | None = None) -> list[list[int]]:
         """Sequences of each of this data-parallel rank's micro-batches, some of which may be empty.
 
-        Raises ValueError for a sequence that is longer than the model's context.
+        parts: as of run(). Raises ValueError for a sequence that is longer than the model's context.
         """
         cu_seqlens = _sequences(batch).cu_seqlens
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
@@ -166,24 +166,29 @@ class Network:
                 raise ValueError(
                     f"sequence {i} has {length} tokens, over the model's context of {self.shape.context}; shorten it."
                 )
+        ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+        shared = {
+            "quadratic": self.shape.heads * self.shape.head_dim / self.shape.layer_weights(),
+            "multiple": self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1,
+        }
+        if parts is not None:
+            return deal_parts(lengths, parts, ranks, self.tokens_per_micro_batch, **shared)[rank]
         n = batch.together
-        dealt = deal(
-            [sum(lengths[i : i + n]) for i in range(0, len(lengths), n)],
-            parallel_state.get_data_parallel_world_size(),
-            self.tokens_per_micro_batch,
-            quadratic=self.shape.heads * self.shape.head_dim / self.shape.layer_weights(),
-            multiple=self.parallel.pipeline if self.parallel.virtual_pipeline > 1 else 1,
-        )
-        mine = dealt[parallel_state.get_data_parallel_rank()]
+        units = [sum(lengths[i : i + n]) for i in range(0, len(lengths), n)]
+        mine = deal(units, ranks, self.tokens_per_micro_batch, **shared)[rank]
         return [[i * n + j for i in units for j in range(n)] for units in mine]
 
     @torch.no_grad()
-    def run(self, rollout, head: Head, outputs: int) -> tuple[Tensor, ...]:
+    def run(
+        self, rollout, head: Head, outputs: int, parts: Sequence[Sequence[int]] | None = None
+    ) -> tuple[Tensor, ...]:
         """Forward only. `head(hidden, layout)` gives `outputs` (A,) tensors; returns them packed on the CPU.
 
         Each is (N,) float32 and 0 outside of action tokens, the same on every rank.
+        parts: sequence indices; those of two parts share no micro-batch, so that a part's numbers do not depend on what
+            else is asked for. None packs all of them as tightly as it can.
         """
-        groups = self._micro_batches(rollout)
+        groups = self._micro_batches(rollout, parts)
 
         def loss(hidden: Tensor, layout: Layout, _micro):
             return hidden.new_zeros(()), torch.stack([layout.packed(x.float()) for x in head(hidden, layout)])

@@ -1,6 +1,6 @@
 """The reward model: one number, or one for each attribute, for a whole response; its training and its export."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,13 +63,16 @@ class RewardModel:
             shift=0,
         )
 
-    def infer(self, batch) -> Tensor:
-        """scores_NK of the mask's tokens, (N, attributes) float32, reward units; 0 elsewhere."""
+    def infer(self, batch, parts: Sequence[Sequence[int]] | None = None) -> Tensor:
+        """scores_NK of the mask's tokens, (N, attributes) float32, reward units; 0 elsewhere.
+
+        parts: as of models.network.Network.run.
+        """
 
         def head(hidden: Tensor, layout: Layout) -> tuple[Tensor, ...]:
             return self._scores(hidden, layout).unbind(1)
 
-        return torch.stack(self.network.run(batch, head, outputs=self.attributes), 1)
+        return torch.stack(self.network.run(batch, head, self.attributes, parts), 1)
 
     def update(self, batch, loss: Callable[[Tensor, object], tuple[Tensor, Stats]]) -> Stats:
         """One optimizer step on `loss(scores_NK, micro_batch) -> (scalar, statistics)`."""

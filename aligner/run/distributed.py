@@ -169,6 +169,11 @@ def gather(compute: Callable[[], Value]) -> list[Value]:
     return [value for value, _ in everyone]
 
 
+def gather_lists(compute: Callable[[], list[Value]]) -> list[Value]:
+    """The lists that the ranks compute, one after the other, on all of them; as of gather()."""
+    return [value for values in gather(compute) for value in values]
+
+
 def agree(compute: Callable[[], Value]) -> Value:
     """What this rank computes; called by all of them, and when it raises on one all raise, as of gather()."""
     mine: list[Value] = []

@@ -11,6 +11,7 @@ import torch
 
 from aligner.checkpoint import training
 from aligner.data.batch import SupervisedBatch, ValueBatch
+from aligner.data.encoder import Encoder
 from aligner.serving.group import Group
 from aligner.serving.local import LocalCritic
 from aligner.serving.service import (
@@ -29,7 +30,9 @@ from aligner.serving.service import (
     ValuesRequest,
     expect,
     resolved,
+    to_answer,
 )
+from aligner.serving.text import in_tokens
 
 KEPT = 8  # results of trainings, for callers whose answer was lost
 Result = tuple[str, str, list[list[float]]]  # digest of the request, names and numbers of its statistics
@@ -39,7 +42,7 @@ class CriticService:
     """All ranks make it and run its group, then call finish(); the first one takes requests meanwhile, from any thread.
 
     group: that works on its requests, with other services' or alone.
-    digests: of the "model" and of its "tokenizer". limits: of a request for values.
+    digests: of the "model" and of its "tokenizer". limits: of a request for values. encoder: of one in words.
     settings: what the critic is trained with, as text.
     folder: of the run, for checkpoints. begun: plain values of the checkpoint that it goes on from; empty at the start.
     """
@@ -53,12 +56,14 @@ class CriticService:
         critic: LocalCritic,
         digests: dict[str, str],
         limits: Limits,
+        encoder: Encoder,
         *,
         settings: str,
         folder: Path,
         begun: dict,
     ):
         self.critic, self._digests, self._limits, self._settings = critic, digests, limits, settings
+        self._encoder = encoder
         self._train_limits = Limits(vocabulary=limits.vocabulary, context=limits.context, tokens=sys.maxsize)
         self._identity = {name: np.array(digest) for name, digest in digests.items()}
         self._group, self.metrics = group, group.metrics
@@ -77,7 +82,7 @@ class CriticService:
         if endpoint == STATUS:
             return resolved(self.status().arrays())
         if endpoint == VALUES:
-            values = ValuesRequest.of(request, self._limits)
+            values = ValuesRequest.of(in_tokens(request, self._encoder, actions=True), self._limits)
             return self._group.submit(endpoint, values, len(values.action_mask_N))
         if endpoint == TRAIN:
             return self._train_once(TrainRequest.of(request, self._train_limits))
@@ -151,11 +156,14 @@ class CriticService:
         if not asked:
             return errors
         mask_N = np.concatenate([request.action_mask_N for request in asked])
-        values_N = self.critic.infer(_packed(Sequences.join([r.sequences for r in asked]), mask_N)).result().numpy()
+        sequences = [request.sequences for request in asked]
+        packed = _packed(Sequences.join(sequences), mask_N)
+        values_N = self.critic.critic.infer(packed, Sequences.shares(sequences)).numpy()
         counts = np.cumsum([int(request.action_mask_N.sum()) for request in asked])
-        parts = iter(np.split(values_N[mask_N], counts[:-1]))
+        parts = np.split(values_N[mask_N], counts[:-1])
+        answers = iter([to_answer(part, request.dtype) for part, request in zip(parts, asked, strict=True)])
         shared = {"weights_version": np.array(self._version), **self._identity}
-        return [error or {"values_A": next(parts), **shared} for error in errors]
+        return [error or {"values_A": next(answers), **shared} for error in errors]
 
     def _train(self, request: TrainRequest) -> Arrays:
         mask_N, columns_N = torch.from_numpy(request.action_mask_N), {}

@@ -30,7 +30,7 @@ SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"  # grpc.health.v1.HealthCheckRes
 MAX_WORDS = 1000  # of a message to a caller: gRPC sends no more than 16 kB of them
 GRACE_S = 5.0  # for answers that are on their way when the service ends
 LONGEST_S = 600.0  # of a call without a deadline of its own
-DTYPES = ("int32", "int64", "float32", "float64", "bool", "str")
+DTYPES = ("int32", "int64", "uint16", "float32", "float64", "bool", "str")
 PATH = "aligner"  # of a method: /aligner/<endpoint>
 STATUS_OF = {
     Code.INVALID: grpc.StatusCode.INVALID_ARGUMENT,

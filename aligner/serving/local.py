@@ -5,9 +5,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from aligner.data.batch import Rollout
 from aligner.losses.value import clipped_value_loss
 from aligner.models.critic import Critic
 from aligner.models.network import Stats
+from aligner.run.distributed import gather_lists
 
 
 class LocalCritic:
@@ -21,9 +23,16 @@ class LocalCritic:
         self.networks = (critic.network,)
         self.state_dict, self.load_state_dict = critic.state_dict, critic.load_state_dict
 
-    def infer(self, rollout) -> Future:
-        """values_N of the action tokens, float32, reward units."""
-        return _now(lambda: self.critic.infer(rollout))
+    def ahead(self, _part: Rollout) -> None:
+        """Nothing: policy and critic take turns here, and the policy samples."""
+
+    def infer(self, rollout: Rollout, asked: list[tuple[list[int], None]]) -> Future:
+        """values_N of the action tokens, float32, reward units.
+
+        asked: (sequences, what ahead() gave) of each part that this rank sampled.
+        """
+        shares = gather_lists(lambda: [sequences for sequences, _ in asked])
+        return _now(lambda: self.critic.infer(rollout, shares))
 
     def train(self, batch, steps: Iterable[list[int]]) -> Future:
         """One optimizer step on each list of sequences of a data.batch.ValueBatch.

@@ -1,5 +1,6 @@
 """Services of other jobs, asked with patience, and the reward model among them."""
 
+import json
 import random
 import threading
 import time
@@ -9,7 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from aligner.serving.access import AccessConfig
-from aligner.serving.service import REWARD, STATUS, Arrays, Code, Sequences, ServiceError, ServiceStatus
+from aligner.serving.service import (
+    REWARD,
+    STATUS,
+    Arrays,
+    Code,
+    RewardRequest,
+    Sequences,
+    ServiceError,
+    ServiceStatus,
+    from_answer,
+)
+from aligner.serving.text import ROWS
 
 PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0  # before a call is tried again: doubled every time, and a half of it by chance
 
@@ -20,7 +32,7 @@ class Patience:
     start_s: of those before the run begins."""
 
     deadline_s: float = 600.0
-    total_s: float = 600.0
+    total_s: float = 1200.0  # more than one call's, for a service that takes a request and never answers
     start_s: float = 60.0
 
 
@@ -137,7 +149,7 @@ class RemoteReward:
         r = sum_k weight_k r_k
 
     address: host:port of `python -m aligner.serve reward`, several of one model with + between them.
-    weights: of the attributes that it gives. access: secret and certificates.
+    weights: of the attributes that it gives. access: secret and certificates. dtype: that it answers in.
     """
 
     def __init__(
@@ -146,8 +158,9 @@ class RemoteReward:
         weights: Sequence[float],
         access: AccessConfig | None = None,
         patience: Patience | None = None,
+        dtype: str = "float32",
     ):
-        self.address, self._weights_K = address, np.array(list(weights))
+        self.address, self._weights_K, self._dtype = address, np.array(list(weights)), dtype
         self._remote = Remote(
             "reward model", address, options="reward", access=access or AccessConfig(), patience=patience
         )
@@ -171,15 +184,30 @@ class RemoteReward:
         rewards: list[float] = []
         for part in parts(list(map(len, sequences)), self._status.request_tokens):
             packed = Sequences.pack([sequences[i] for i in part])
-            reply = self._remote.call(REWARD, packed.arrays())
-            check_identity(self._remote, reply, self._status)
-            rewards += (reply["rewards_BK"].astype(np.float64) @ self._weights_K).tolist()
-        if len(rewards) != len(sequences) or not np.isfinite(rewards).all():
-            raise ValueError(
-                f"the reward model at {self.address} gave {len(rewards)} rewards for {len(sequences)} responses, or "
-                "one that is not finite; look at its log."
-            )
+            rewards += self._ask(RewardRequest(sequences=packed, dtype=self._dtype).arrays())
+        self._expect_one_each(rewards, len(sequences))
         return rewards
+
+    def score_rows(self, rows: list[dict]) -> list[float]:
+        """Rewards of rows as of a data set of aligner.sft, which the service makes tokens of.
+
+        {"prompt": ..., "completion": ...}, {"messages": [...]} and the like. Raises ValueError when there is no answer.
+        """
+        rewards = self._ask({ROWS: np.array(json.dumps(rows)), "dtype": np.array(self._dtype)})
+        self._expect_one_each(rewards, len(rows))
+        return rewards
+
+    def _ask(self, request: Arrays) -> list[float]:
+        reply = self._remote.call(REWARD, request)
+        check_identity(self._remote, reply, self._status)
+        return (from_answer(reply["rewards_BK"]).astype(np.float64) @ self._weights_K).tolist()
+
+    def _expect_one_each(self, rewards: list[float], num: int) -> None:
+        if len(rewards) != num or not np.isfinite(rewards).all():
+            raise ValueError(
+                f"the reward model at {self.address} gave {len(rewards)} rewards for {num} responses, or one that is "
+                "not finite; look at its log."
+            )
 
 
 def check_identity(remote: Remote, reply: Arrays, first: ServiceStatus) -> None:

@@ -1,23 +1,26 @@
 """A critic that another job serves, behind the methods and futures of one in this process."""
 
+import itertools
 import json
 import sys
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from aligner.data.batch import Rollout
 from aligner.models.critic import CriticConfig
 from aligner.models.network import Stats
 from aligner.run.atomic import atomic_write
 from aligner.run.background import Background
-from aligner.run.distributed import gather, is_main
+from aligner.run.distributed import gather, gather_lists, is_main
 from aligner.serving.access import AccessConfig
 from aligner.serving.grpc_transport import from_frame, to_frame
 from aligner.serving.remote import Remote, check_identity, parts
@@ -33,8 +36,10 @@ from aligner.serving.service import (
     ServiceStatus,
     TrainRequest,
     ValuesRequest,
+    from_answer,
 )
 
+AT_ONCE = 8  # requests for values that leave while responses are sampled
 ROUNDS = 20  # times that a critic may fall back before one request of a run is answered
 
 
@@ -42,6 +47,8 @@ ROUNDS = 20  # times that a critic may fall back before one request of a run is 
 class ServedCriticConfig(CriticConfig, AccessConfig):
     url: str = ""
     """host:port of `python -m aligner.serve critic`, started with the same --critic options; empty trains it here."""
+    answer_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which it answers with values."""
 
     def __post_init__(self):
         if "+" in self.url:
@@ -76,6 +83,37 @@ class StepLog:
         return self.folder / f"{version}.frame"
 
 
+@dataclass(frozen=True)
+class Values:
+    """Values of a rollout to come; all ranks call result().
+
+    asked: (sequences, what RemoteCritic.ahead() gave) of each part that this rank sampled.
+    """
+
+    critic: "RemoteCritic"
+    rollout: Rollout
+    asked: list[tuple[list[int], Future]]
+    version: int
+
+    def result(self) -> Tensor:
+        """values_N of the action tokens, float32, reward units. Raises ValueError when there is no answer."""
+        answers = gather_lists(lambda: [(sequences, future.result()) for sequences, future in self.asked])
+        behind = [sequences for sequences, values_A in answers if values_A is None]
+        answers += gather_lists(lambda: self._again(behind) if is_main() else [])
+        values_N = torch.zeros(len(self.rollout.tokens_N))
+        starts, mask_N = self.rollout.cu_seqlens.tolist(), self.rollout.action_mask_N
+        for sequences, values_A in answers:
+            if values_A is not None:
+                index_N = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in sequences])
+                values_N[index_N[mask_N[index_N]]] = torch.from_numpy(values_A)
+        return values_N
+
+    def _again(self, behind: list[list[int]]) -> list[tuple[list[int], np.ndarray]]:
+        """Of a critic that was behind when it was asked."""
+        ask = partial(self.critic.ask_values, version=self.version, catch_up=True)
+        return [(sequences, ask(self.rollout.take(sequences))) for sequences in behind]
+
+
 class FromFirstRank:
     """The first rank's future, for all of them: all call result(), and all get it or raise."""
 
@@ -87,30 +125,49 @@ class FromFirstRank:
 
 
 class RemoteCritic:
-    """A served critic. All ranks make it and call its methods; the first one talks to the service.
+    """A served critic. All ranks make it and call its methods; those that sample ask for values, the rest is the
+    first one's.
 
     A request names the version of the weights that it wants, which is the number of trainings that this run has asked
     for. When the service has fewer, because it was started again from its last save, it is given the missing trainings
     from the run's log first.
 
-    remote: None on the other ranks. tokenizer: digest of the run's. settings: as of job.critic.critic_settings.
-    run: the run's folder, for the log. saved: the plain values that state_dict() gave; empty at a first start.
-    saves: steps of the run's checkpoints.
+    remote: None on ranks that do not sample. tokenizer: digest of the run's.
+    settings: as of job.critic.critic_settings. run: the run's folder, for the log.
+    saved: the plain values that state_dict() gave; empty at a first start. saves: steps of the run's checkpoints.
+    dtype: of the values that it answers with.
     Raises ValueError on all ranks unless the service is ready, fits, and is where the run is.
     """
 
     networks = ()
 
-    def __init__(self, remote: Remote | None, tokenizer: str, settings: str, run: Path, saved: dict, saves: list[int]):
+    def __init__(
+        self,
+        remote: Remote | None,
+        tokenizer: str,
+        settings: str,
+        run: Path,
+        saved: dict,
+        saves: list[int],
+        dtype: str = "float32",
+    ):
         self._remote, self._log = remote, StepLog(run / "critic-steps")
         self._version, self._run_id = saved.get("version", 0), saved.get("run_id") or uuid.uuid4().hex
-        self._settings, self._first = settings, None
+        self._settings, self._dtype = settings, dtype
         self._worker = Background("critic")  # one thread: requests leave in the order of their versions
-        gather(lambda: self._begin(tokenizer, saves) if is_main() else None)
+        self._callers = Background("critic-values", AT_ONCE)
+        self._first: ServiceStatus = gather(lambda: self._begin(tokenizer, saves) if is_main() else None)[0]
 
-    def infer(self, rollout) -> FromFirstRank:
-        """values_N of the action tokens, float32, reward units."""
-        return self._submit(self._values, rollout, self._version)
+    def ahead(self, part: Rollout) -> Future:
+        """Values of its action tokens, (A,) float32; None of a critic that has fallen back. On a rank that samples."""
+        return self._callers.submit(self._ask_ahead, part, self._version)
+
+    def infer(self, rollout: Rollout, asked: list[tuple[list[int], Future]]) -> Values:
+        """values_N of the action tokens, float32, reward units.
+
+        asked: (sequences, what ahead() gave) of each part that this rank sampled.
+        """
+        return Values(self, rollout, asked, self._version)
 
     def train(self, batch, steps: Iterable[list[int]]) -> FromFirstRank:
         """As of serving.local.LocalCritic."""
@@ -130,8 +187,8 @@ class RemoteCritic:
     def _submit(self, call: Callable, *arguments) -> FromFirstRank:
         return FromFirstRank(self._worker.submit(call, *arguments) if is_main() else None)
 
-    def _begin(self, tokenizer: str, saves: list[int]) -> None:
-        status = self._first = self._remote.start("critic", tokenizer)
+    def _begin(self, tokenizer: str, saves: list[int]) -> ServiceStatus:
+        status = self._remote.start("critic", tokenizer)
         self._check_settings(status)
         self._check_run(status)
         if status.weights_version > self._version or self._missing(status, self._version):
@@ -144,6 +201,7 @@ class RemoteCritic:
                 f"{status.weights_version}; {advice}."
             )
         self._log.forget(lambda version: version >= self._version)  # of steps that this run does again
+        return status
 
     def _check_settings(self, status: ServiceStatus) -> None:
         theirs, ours = json.loads(status.settings), json.loads(self._settings)
@@ -165,26 +223,39 @@ class RemoteCritic:
         """Trainings between the service's version and this one that are not in the log."""
         return set(range(status.weights_version, version)) - set(self._log.versions())
 
-    def _values(self, rollout, version: int) -> Tensor:
-        mask_N, starts = rollout.action_mask_N, rollout.cu_seqlens.tolist()
-        values_N = torch.zeros(len(mask_N))
-        lengths = [end - start for start, end in zip(starts[:-1], starts[1:], strict=True)]
-        for part in parts(lengths, self._first.request_tokens):
-            begin, end = starts[part[0]], starts[part[-1] + 1]
+    def _ask_ahead(self, part: Rollout, version: int) -> np.ndarray | None:
+        try:
+            return self.ask_values(part, version, catch_up=False)
+        except ServiceError:
+            return None  # the first rank has the trainings that it lacks, and asks again
+
+    def ask_values(self, part: Rollout, version: int, *, catch_up: bool) -> np.ndarray:
+        """(A,) float32, reward units: values of a part's action tokens by the weights of this version.
+
+        catch_up: a critic that has fallen back is given what it lacks, else ServiceError is raised.
+        """
+        once = partial(self._remote.call, passes=(Code.PRECONDITION,))
+        ask = partial(self._ask, version=version) if catch_up else once
+        starts, values = part.cu_seqlens.tolist(), []
+        lengths = [end - start for start, end in itertools.pairwise(starts)]
+        for run in parts(lengths, self._first.request_tokens):
+            begin, end = starts[run[0]], starts[run[-1] + 1]
             request = ValuesRequest(
                 sequences=Sequences(
-                    tokens_N=rollout.tokens_N[begin:end].numpy().astype(np.int32),
-                    cu_seqlens=(rollout.cu_seqlens[part[0] : part[-1] + 2] - begin).numpy(),
+                    tokens_N=part.tokens_N[begin:end].numpy().astype(np.int32),
+                    cu_seqlens=(part.cu_seqlens[run[0] : run[-1] + 2] - begin).numpy(),
                 ),
-                action_mask_N=mask_N[begin:end].numpy(),
+                action_mask_N=part.action_mask_N[begin:end].numpy(),
                 weights_version=version,
-            )
-            reply = self._ask(VALUES, request.arrays(), version)
+                dtype=self._dtype,
+            ).arrays()
+            reply = ask(VALUES, request)
             check_identity(self._remote, reply, self._first)
-            values_N[begin:end][mask_N[begin:end]] = torch.from_numpy(reply["values_A"].copy())
-        if not values_N.isfinite().all():
+            values.append(from_answer(reply["values_A"]))
+        values_A = np.concatenate(values)
+        if not np.isfinite(values_A).all():
             raise ValueError(f"the critic at {self._remote.address} gave a value that is not finite; look at its log.")
-        return values_N
+        return values_A
 
     def _train(self, batch, steps: list[list[int]], version: int) -> list[Stats]:
         rollout = batch.rollout

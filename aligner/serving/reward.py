@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from aligner.run.callables import load_callable
 from aligner.serving.access import AccessConfig
@@ -17,6 +18,8 @@ class RewardConfig(AccessConfig):
     """Served reward models: host:port of `python -m aligner.serve reward`; servers of one model with + between them."""
     model: tuple[str, ...] = ()
     """Reward models: folders of runs of aligner.reward_model, or of Hugging Face sequence classifiers."""
+    answer_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which served reward models answer."""
     weights: tuple[float, ...] = ()
     """Of the functions, then of the served models, then of the models, in their sum; without any, all 1."""
     attribute_weights: tuple[float, ...] = ()

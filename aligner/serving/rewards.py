@@ -11,6 +11,7 @@ from aligner.models.reward_model import RewardModel
 from aligner.run.background import Background
 from aligner.serving.remote import RemoteReward
 from aligner.serving.reward import RewardFunction
+from aligner.serving.service import resolved
 
 AT_ONCE = 8  # requests to served reward models
 
@@ -35,31 +36,36 @@ class Rewards:
         self._worker = Background("rewards")
         self._callers = Background("served-rewards", AT_ONCE)
 
-    def submit(
-        self, prompts: list[str], responses: list[str], metadata: list[dict], sequences: list[list[int]]
-    ) -> Future:
-        """The future list of what functions and served models give to each response, a list.
+    def submit(self, prompts: list[str], responses: list[str], metadata: list[dict]) -> Future:
+        """The future list of what the functions give to each response, a list."""
+        return self._worker.submit(self._score, prompts, responses, metadata)
 
-        sequences: tokens of prompt and response.
-        """
-        called = [self._callers.submit(served.score, sequences) for served in self.served]
-        return self._worker.submit(self._score, prompts, responses, metadata, called)
-
-    def _score(self, prompts: list[str], responses: list[str], metadata: list[dict], called) -> list[list[float]]:
+    def _score(self, prompts: list[str], responses: list[str], metadata: list[dict]) -> list[list[float]]:
         columns = [function.score(prompts, responses, metadata) for function in self.functions]
-        columns += [future.result() for future in called]
         return [[column[i] for column in columns] for i in range(len(responses))]
 
-    def total(self, given_BF: Tensor, rollout: Rollout) -> Tensor:
+    def ahead(self, part: Rollout) -> Future:
+        """The future list of what the served models give to each response, a list."""
+        if not self.served:
+            return resolved([[] for _ in part.finished_B])
+        return self._callers.submit(self._ask, part)
+
+    def _ask(self, part: Rollout) -> list[list[float]]:
+        sequences = [tokens.tolist() for tokens in part.tokens_N.tensor_split(part.cu_seqlens[1:-1].long())]
+        return list(map(list, zip(*[served.score(sequences) for served in self.served], strict=True)))
+
+    def total(self, given_BF: Tensor, rollout: Rollout, parts: list[list[int]] | None = None) -> Tensor:
         """The sum, (B,) float32, reward units; all ranks call it.
 
         given_BF: (B, F) float32, reward units, what functions and served models gave.
+        parts: for the models here, as of models.network.Network.run.
         """
         columns = [*given_BF.unbind(1)]
         if self.models:
             batch = last_tokens(rollout.tokens_N, rollout.cu_seqlens)
             last = rollout.cu_seqlens[1:].long() - 1
-            columns += [model.infer(batch)[last] @ torch.tensor(list(weights)) for model, weights in self.models]
+            for model, weights in self.models:
+                columns.append(model.infer(batch, parts)[last] @ torch.tensor(list(weights)))
         return torch.stack(columns, 1) @ self.weights
 
 

@@ -1,11 +1,13 @@
 """The contract of the services, whatever carries it: endpoints, requests and replies as named arrays, stable errors.
 
-    reward_v1         tokens_N, cu_seqlens -> rewards_BK, weights_version, model, tokenizer     inference
+    reward_v1         RewardRequest -> rewards_BK, weights_version, model, tokenizer            inference
     critic_values_v1  ValuesRequest -> values_A, weights_version, model, tokenizer              inference
     critic_train_v1   TrainRequest -> weights_version, replayed, names, statistics_SK           done once
     critic_save_v1    run_id, weights_version -> weights_version                                done once
     status_v1         -> ServiceStatus                                                          is it ready?
 
+Rewards and values come as `dtype` says, float32 unless it is there; bfloat16 travels as uint16, the upper half of a
+float32. Instead of tokens both take `rows` (serving.text).
 All are safe to repeat. A service checks a request before it enqueues it, so that a bad one costs its sender an error
 and nobody else anything.
 A critic's weights_version counts its training requests. Whoever asks says which version is to answer, and is refused
@@ -14,6 +16,7 @@ Names carry a version: a change that an older client would misread gets a new on
 """
 
 import hashlib
+import itertools
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -27,6 +30,7 @@ Arrays = dict[str, np.ndarray]
 REWARD, STATUS = "reward_v1", "status_v1"
 VALUES, TRAIN, SAVE = "critic_values_v1", "critic_train_v1", "critic_save_v1"
 TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64))
+ANSWERS = ("float32", "bfloat16")
 
 
 class Code(Enum):
@@ -100,6 +104,12 @@ class Sequences:
             tokens_N=np.concatenate([part.tokens_N for part in parts]), cu_seqlens=np.concatenate([[0], *shifted])
         )
 
+    @staticmethod
+    def shares(parts: list["Sequences"]) -> list[range]:
+        """Where each part's sequences are among those of all, by index."""
+        ends = np.cumsum([0, *(len(part.cu_seqlens) - 1 for part in parts)]).tolist()
+        return [range(*pair) for pair in itertools.pairwise(ends)]
+
     def arrays(self) -> Arrays:
         return {"tokens_N": self.tokens_N, "cu_seqlens": self.cu_seqlens}
 
@@ -136,28 +146,49 @@ class Sequences:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardRequest:
+    """Rewards of packed sequences. dtype: of the answer."""
+
+    sequences: Sequences
+    dtype: str = "float32"
+
+    def arrays(self) -> Arrays:
+        return self.sequences.arrays() | {"dtype": np.array(self.dtype)}
+
+    @staticmethod
+    def of(arrays: Arrays, limits: Limits) -> "RewardRequest":
+        """Raises ServiceError INVALID."""
+        rest, dtype = _split_dtype(arrays)
+        return RewardRequest(sequences=Sequences.of(rest, limits), dtype=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValuesRequest:
     """Values of the action tokens of packed sequences.
 
     action_mask_N: (N,) bool, true for the last token of every sequence. weights_version: that is to answer.
+    dtype: of the answer.
     """
 
     sequences: Sequences
     action_mask_N: np.ndarray
     weights_version: int
+    dtype: str = "float32"
 
     def arrays(self) -> Arrays:
         named = {"action_mask_N": self.action_mask_N, "weights_version": np.array(self.weights_version)}
-        return self.sequences.arrays() | named
+        return self.sequences.arrays() | named | {"dtype": np.array(self.dtype)}
 
     @staticmethod
     def of(arrays: Arrays, limits: Limits) -> "ValuesRequest":
         """Raises ServiceError INVALID."""
-        sequences = Sequences.of(arrays, limits, "action_mask_N", "weights_version")
+        rest, dtype = _split_dtype(arrays)
+        sequences = Sequences.of(rest, limits, "action_mask_N", "weights_version")
         return ValuesRequest(
             sequences=sequences,
-            action_mask_N=_mask(arrays, sequences),
-            weights_version=integer(arrays, "weights_version"),
+            action_mask_N=_mask(rest, sequences),
+            weights_version=integer(rest, "weights_version"),
+            dtype=dtype,
         )
 
 
@@ -251,6 +282,26 @@ class SaveRequest:
         return SaveRequest(run_id=text(arrays, "run_id"), weights_version=integer(arrays, "weights_version"))
 
 
+def to_answer(numbers: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 numbers as they travel: in bfloat16 the nearest of it, of two the even one. Not of NaN."""
+    if dtype == "float32":
+        return numbers
+    bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_answer(array: np.ndarray) -> np.ndarray:
+    """The float32 numbers of an answer."""
+    return (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+
+
+def _split_dtype(arrays: Arrays) -> tuple[Arrays, str]:
+    """The other arrays, and the dtype of the answer."""
+    dtype = text(arrays, "dtype") if "dtype" in arrays else ANSWERS[0]
+    expect(dtype in ANSWERS, f"dtype is {dtype!r}, expected {' or '.join(ANSWERS)}")
+    return {name: array for name, array in arrays.items() if name != "dtype"}, dtype
+
+
 def _mask(arrays: Arrays, sequences: Sequences) -> np.ndarray:
     mask_N, num = arrays["action_mask_N"], len(sequences.tokens_N)
     expect(
@@ -268,11 +319,12 @@ def integer(arrays: Arrays, name: str) -> int:
     return array.item()
 
 
-def text(arrays: Arrays, name: str) -> str:
-    """A short text. Raises ServiceError INVALID."""
+def text(arrays: Arrays, name: str, longest: int | None = 100) -> str:
+    """A text. longest: letters; None for any. Raises ServiceError INVALID."""
     array = arrays[name]
     expect(array.dtype.kind == "U" and array.ndim == 0, f"{name} must be a text")
-    expect(0 < len(array.item()) <= 100, f"{name} must have 1 to 100 letters")
+    letters, bounds = len(array.item()), f"1 to {longest}" if longest else "1 or more"
+    expect(letters and not (longest and letters > longest), f"{name} must have {bounds} letters, got {letters}")
     return array.item()
 
 

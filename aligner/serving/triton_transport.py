@@ -4,24 +4,28 @@ Triton listens with HTTP on loopback alone, where PyTriton controls it, and with
 the process of another program: what it does not check, such as who may see its command line, this cannot either.
 """
 
+import json
 import os
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
 import traceback
+import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from aligner.serving.grpc_transport import LONGEST_S, MAX_WORDS, Tls, check_token, from_frame, to_frame
-from aligner.serving.service import Arrays, Code, Service, ServiceError
+from aligner.serving.service import STATUS, Arrays, Code, Service, ServiceError
 
-HEADER, DEADLINE = "authorization", "deadline_ms"  # of a request, next to its frame
+HEADER, DEADLINE, PROBED = "authorization", "deadline_ms", "probe"  # of a request, next to its frame
 # Triton's own endpoints need a secret that PyTriton makes up: only it may use them. Ours is checked here, since Triton
 # would be told of it on a command line that everybody on the machine can read.
 RESTRICTED = ("shared-memory", "model-repository", "statistics", "trace", "logging")
@@ -37,13 +41,20 @@ OPTIONS = {
     "strict_readiness": True,
     "grpc_header_forward_pattern": HEADER,
 }
+# Kills Triton, and removes what it has left, when this process, which holds the other end of its input, has gone.
+GUARD = 'read _; kill -9 $0; rm -rf "$1" /dev/shm/pytrtion$2-*'
+EMPTY = {"name": "frame", "shape": [1, 1], "datatype": "BYTES", "data": [""]}
+PROBE = json.dumps({"parameters": {PROBED: 1}, "inputs": [EMPTY]}).encode()
+PROBE_S = 10.0
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 TOGETHER = 64  # requests of an endpoint that Triton hands over at once
 
 
 class TritonServer:
     """A started Triton in front of a service. Made in the main thread: Triton ends with the thread that started it.
 
-    host, port, token, tls: as of grpc_transport.serve. calls: of one endpoint that may wait in Triton.
+    endpoints: STATUS last. host, port, token, tls: as of grpc_transport.serve.
+    calls: of one endpoint that may wait in Triton.
     Raises ValueError when it cannot be started.
     """
 
@@ -58,7 +69,7 @@ class TritonServer:
         tls: Tls | None = None,
         calls: int = 64,
     ):
-        self._folder = tempfile.TemporaryDirectory(prefix="aligner-triton-")  # mode 0700
+        self._folder, self._guard = tempfile.TemporaryDirectory(prefix="aligner-triton-"), None  # mode 0700
         _prepare_environment(self._folder.name)
         try:
             from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
@@ -70,7 +81,9 @@ class TritonServer:
             ) from None
         self.port = port or _free_port()
         _check_port(host, self.port)
-        where = {"grpc_address": host, "grpc_port": self.port, "http_address": "127.0.0.1", "http_port": _free_port()}
+        control = _free_port()
+        where = {"grpc_address": host, "grpc_port": self.port, "http_address": "127.0.0.1", "http_port": control}
+        self._probe = f"http://127.0.0.1:{control}/v2/models/{STATUS}/infer"
         secured = _tls_files(tls, Path(self._folder.name)) if tls else {}
         security = TritonSecurityConfig(restricted_endpoints=list(RESTRICTED))
         self._triton = Triton(config=TritonConfig(**OPTIONS, **where, **secured), security_config=security)
@@ -92,13 +105,30 @@ class TritonServer:
             raise ValueError(
                 f"Triton did not start on {host}:{self.port} ({type(error).__name__}: {error}); its log says why."
             ) from None
+        servers = [child for child in psutil.Process().children() if child.name() == "tritonserver"]
+        self._processes = servers + [stub for server in servers for stub in server.children()]  # one of each endpoint
+        # Without us Triton would hold port and callers as long as its own processes do.
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", GUARD, str(servers[0].pid), self._folder.name, str(os.getpid())], stdin=subprocess.PIPE
+        )
 
     def alive(self) -> bool:
-        return self._triton.is_alive()
+        """Whether its processes are, and a question comes through them to this one: Triton says "ready" either way."""
+        if not all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in self._processes):
+            return False
+        asked = urllib.request.Request(self._probe, PROBE, {"Content-Type": "application/json"})
+        try:
+            with DIRECTLY.open(asked, timeout=PROBE_S):
+                return True
+        except OSError:
+            return False
 
     def stop(self) -> None:
         self._triton.stop()
         self._folder.cleanup()
+        if self._guard:
+            self._guard.kill()
+            self._guard.wait()
 
 
 def _prepare_environment(folder: str) -> None:
@@ -155,7 +185,10 @@ def _deadline_s(request) -> float:
     return min(given / 1000, LONGEST_S) if isinstance(given, int) else LONGEST_S
 
 
-def _begin(service: Service, endpoint: str, token: str, request) -> Future | ServiceError:
+def _begin(service: Service, endpoint: str, token: str, request) -> Future | ServiceError | None:
+    """The future reply, why there is none, or None of a probe."""
+    if PROBED in (request.parameters or {}):
+        return None
     try:
         check_token((request.parameters or {}).get(HEADER, ""), token)
         return service.call(endpoint, from_frame(bytes(request["frame"].reshape(-1)[0])))
@@ -166,8 +199,10 @@ def _begin(service: Service, endpoint: str, token: str, request) -> Future | Ser
         return ServiceError(Code.FAILED, "the service failed; its log says why.")
 
 
-def _end(service: Service, endpoint: str, waiting: Future | ServiceError, end: float) -> bytes:
+def _end(service: Service, endpoint: str, waiting: Future | ServiceError | None, end: float) -> bytes:
     """The frame of the reply, or of what went wrong by the time `end`; whoever hung up is not worked for."""
+    if waiting is None:
+        return b""
     try:
         if isinstance(waiting, ServiceError):
             raise waiting
@@ -228,11 +263,23 @@ class TritonConnection:
                 headers=self._headers,
             )
         except self._triton.InferenceServerException as error:
-            raise _said(error.status() or "", error.message() or "") from None
+            words = error.message() or ""
+            if "unknown model" in words:
+                raise self._unknown(endpoint, words) from None
+            raise _said(error.status() or "", words) from None
         reply = from_frame(answer.as_numpy("frame").reshape(-1)[0])
         if "error" in reply:
             raise ServiceError(Code(reply["error"].item()), reply["words"].item())
         return reply
+
+    def _unknown(self, endpoint: str, words: str) -> ServiceError:
+        """Triton takes calls before it has all endpoints; once it has STATUS, which comes last, there are no more."""
+        try:
+            started = self._client.is_model_ready(STATUS, client_timeout=PROBE_S)
+            known = not started or self._client.is_model_ready(endpoint, client_timeout=PROBE_S)
+        except self._triton.InferenceServerException:
+            known = True
+        return ServiceError(Code.UNAVAILABLE if known else Code.INVALID, words)
 
     def close(self) -> None:
         self._client.close()
@@ -242,10 +289,10 @@ def _said(status: str, words: str) -> ServiceError:
     """What Triton itself answered."""
     code = {
         "StatusCode.DEADLINE_EXCEEDED": Code.DEADLINE,
-        "StatusCode.NOT_FOUND": Code.INVALID,
         "StatusCode.INVALID_ARGUMENT": Code.INVALID,
         "StatusCode.RESOURCE_EXHAUSTED": Code.INVALID,
         "StatusCode.UNAVAILABLE": Code.UNAVAILABLE,
+        "StatusCode.INTERNAL": Code.UNAVAILABLE,  # one of its processes has died; what fails in ours comes as a frame
     }.get(status, Code.FAILED)
     if "maximum queue size" in words:
         return ServiceError(Code.BUSY, words)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from aligner.data.batch import SupervisedBatch
 from aligner.models import attention as attention_module
 from aligner.models.attention import PackedAttention, Segments, Varlen
-from aligner.models.microbatch import Layout, deal
+from aligner.models.microbatch import Layout, deal, deal_parts
 
 
 @dataclass
@@ -53,6 +53,32 @@ def test_deal_is_complete_within_budget_and_balanced(lengths, ranks, budget, mul
         assert sum(a + b <= budget for a, b in zip(full, full[1:], strict=False)) == 0  # no two would fit together
     loads = [sum(lengths[i] for group in share for i in group) for share in dealt]
     assert max(loads) <= sum(loads) / ranks + (1 - 1 / ranks) * max(lengths)  # Graham's bound
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(LENGTHS, min_size=1, max_size=6), st.integers(1, 5), st.integers(1, 90), st.integers(1, 3), st.randoms()
+)
+def test_parts_have_micro_batches_of_their_own_on_any_number_of_ranks(parts, ranks, budget, multiple, draw):
+    """They are those that each part has alone; a part's indices come in any order."""
+    lengths = [length for part in parts for length in part]
+    order = iter(draw.sample(range(len(lengths)), len(lengths)))
+    parts = [[next(order) for _ in part] for part in parts]
+    dealt = deal_parts(lengths, parts, ranks, budget, multiple=multiple)
+    micros = [micro for share in dealt for micro in share if micro]
+    alone = [micro for part in parts for micro in deal_parts(lengths, [part], 1, budget)[0]]
+    assert sorted(micros) == sorted(alone)
+    for part in parts:
+        packed = deal([lengths[i] for i in sorted(part)], 1, budget)[0]  # as without other parts
+        assert sorted([sorted(part)[i] for i in micro] for micro in packed) == sorted(
+            micro for micro in micros if micro[0] in part
+        )
+    assert all(share and len(share) % multiple == 0 for share in dealt)
+    loads, costs = (
+        [sum(lengths[i] for m in ms for i in m) for ms in dealt],
+        [sum(lengths[i] for i in m) for m in alone],
+    )
+    assert max(loads) <= sum(loads) / ranks + (1 - 1 / ranks) * max(costs)  # Graham's bound
 
 
 def test_long_sequences_cost_more_than_their_tokens():

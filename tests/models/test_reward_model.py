@@ -75,6 +75,18 @@ def test_scores_are_those_of_transformers(tmp_path, family: str, attributes: int
     assert (scores_NK[others] == 0).all()
 
 
+def test_a_part_s_scores_do_not_depend_on_other_parts(tmp_path):
+    """To the last bit, and the parts need not be in order."""
+    model = make(classifier(tmp_path / "m", "llama", 1), 1, trained=True)
+    batch = pack_last([[1 + (7 * i + j) % 40 for j in range(1 + i % 5)] for i in range(12)])
+    parts = [[3, 8, 0, 5], [1], [2, 4, 6, 7, 9], [11, 10]]
+    together, ends = model.infer(batch, parts)[:, 0], batch.cu_seqlens[1:].long() - 1
+    assert len(set(together[ends].tolist())) == 12
+    for part in parts:
+        alone = batch.take(part)
+        assert torch.equal(model.infer(alone)[alone.cu_seqlens[1:].long() - 1, 0], together[ends[part]])
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_what_is_trained_and_written_is_read_by_transformers(tmp_path, rank: int):
     """From a language model, whose head starts at 0, to ratings of three attributes."""

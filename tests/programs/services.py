@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from aligner import serve as program
 from aligner.checkpoint import training
 from aligner.models.critic import Critic
@@ -19,15 +21,25 @@ from tests.programs.runs import words
 
 PROCESSES = multiprocessing.get_context("forkserver")
 ROOT = Path(__file__).parent.parent.parent
-# What is patched, the call at which it happens, whether after it, and the signal that the process gives itself.
+# What is patched, the call at which it happens, whether after it, the signal, and who under the process gets it, if not
+# the process itself.
 FAULTS = {
-    "kill -9 while it computes values": (Critic, "infer", 2, False, signal.SIGKILL),
+    "kill -9 while it computes values": (CriticService, "_stale", 6, False, signal.SIGKILL),
     "kill -9 in the middle of a training": (Critic, "update", 7, False, signal.SIGKILL),
     "kill -9 between a training and its answer": (CriticService, "_train", 2, True, signal.SIGKILL),
     "kill -9 while it saves": (training, "_write_shards", 2, True, signal.SIGKILL),
     "kill -9 between a save and its answer": (CriticService, "_save", 1, True, signal.SIGKILL),
     "SIGTERM during a training": (Critic, "update", 6, False, signal.SIGTERM),
     "SIGSTOP for longer than the deadline": (CriticService, "_train", 3, False, signal.SIGSTOP),
+    "kill -9 of Triton during a training": (CriticService, "_train", 2, False, signal.SIGKILL, "tritonserver"),
+    "kill -9 of Triton's model processes": (
+        CriticService,
+        "_train",
+        2,
+        False,
+        signal.SIGKILL,
+        "triton_python_backend_stub",
+    ),
 }
 
 
@@ -42,12 +54,14 @@ def serve(argv: list[str], log: Path, fault: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout = sys.stderr = log.open("a", buffering=1)
     if fault:
-        _plant(*FAULTS[fault], log.with_suffix(".happened"))
+        _plant(log.with_suffix(".happened"), *FAULTS[fault])
     sys.exit(program.main(argv))
 
 
-def _plant(owner: object, name: str, number: int, after: bool, what: signal.Signals, mark: Path) -> None:
-    """Signal this process at that call of a function; never again once `mark` is there."""
+def _plant(
+    mark: Path, owner: object, name: str, number: int, after: bool, what: signal.Signals, whom: str = ""
+) -> None:
+    """Signal this process, or those under it of a name, at that call of a function; never once `mark` is there."""
     whole: Callable = getattr(owner, name)
     calls: list[None] = []
 
@@ -56,14 +70,22 @@ def _plant(owner: object, name: str, number: int, after: bool, what: signal.Sign
         happens = len(calls) == number and not mark.exists()
         if happens and not after:
             mark.touch()
-            os.kill(os.getpid(), what)
+            _signal(what, whom)
         result = whole(*arguments, **named)
         if happens and after:
             mark.touch()
-            os.kill(os.getpid(), what)
+            _signal(what, whom)
         return result
 
     setattr(owner, name, call)
+
+
+def _signal(what: signal.Signals, whom: str) -> None:
+    this = psutil.Process()
+    found = [p for p in this.children(recursive=True) if p.name() == whom] if whom else [this]
+    assert found, f"there is no {whom}"
+    for process in found:
+        process.send_signal(what)
 
 
 class Service:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aligner.serving.grpc_transport import Connection
+from aligner.serving.access import AccessConfig
+from aligner.serving.listen import DIED
 from aligner.serving.remote import Patience, Remote
 from aligner.serving.service import STATUS, VALUES, Sequences, ServiceStatus, ValuesRequest
 from tests.programs import every
@@ -25,15 +26,16 @@ STEPS = 4
 PAGE = ROOT / "docs" / "serving.md"  # has a row for each fault
 
 
-def supervised(folder: Path, output: Path, command: dict, fault: str = "") -> Service:
+def supervised(folder: Path, output: Path, command: dict, fault: str = "", transport: str = "grpc") -> Service:
     names = [name for name in command if name.startswith("critic.")] + ["batch.tokens-per-micro-batch"]
     options = {name: command[name] for name in names} | {"model": folder / "model", "output": output, "resume": True}
+    options |= {"serve.transport": transport}
     return Service("critic", options, output.with_suffix(".log"), fault=fault, restarts=True)
 
 
 def values(service: Service) -> list[float]:
     """Of a fixed sequence, by the weights of now, and their version."""
-    connection = Connection(service.address)
+    connection = AccessConfig().connect(service.address)
     status = ServiceStatus.of(connection.call(STATUS, {}, 10))
     mask = np.array([False, False, True, True, True, True])
     version = status.weights_version
@@ -67,9 +69,19 @@ def policy(done: Path) -> bytes:
     return (done / "policy" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_changes_nothing(undisturbed: Undisturbed, tmp_path, monkeypatch, capsys, fault: str):
-    service = supervised(undisturbed.folder, tmp_path / "critic", undisturbed.command, fault)
+OF_TRITON = [fault for fault in FAULTS if "Triton" in fault]
+LONG = ("values", "answer", "of Triton during")  # half a minute each, and much like others
+CASES = [("grpc", fault) for fault in FAULTS if fault not in OF_TRITON]
+CASES += [
+    pytest.param("pytriton", fault, marks=[pytest.mark.full] if any(word in fault for word in LONG) else [])
+    for fault in FAULTS
+    if not fault.startswith("SIGTERM")
+]
+
+
+@pytest.mark.parametrize(("transport", "fault"), CASES)
+def test_a_fault_changes_nothing(undisturbed: Undisturbed, tmp_path, monkeypatch, capsys, transport: str, fault: str):
+    service = supervised(undisturbed.folder, tmp_path / "critic", undisturbed.command, fault, transport)
     stops = fault.startswith("SIGSTOP")
     if stops:
         monkeypatch.setitem(Remote.__init__.__kwdefaults__, "patience", Patience(deadline_s=1.0))
@@ -82,9 +94,10 @@ def test_a_fault_changes_nothing(undisturbed: Undisturbed, tmp_path, monkeypatch
         assert values(service) == undisturbed.values
     finally:
         service.end()
-    assert service.ends == ([0] if stops else [0, 0] if fault.startswith("SIGTERM") else [-signal.SIGKILL, 0])
+    first = DIED if fault in OF_TRITON else 0 if fault.startswith("SIGTERM") else -signal.SIGKILL
+    assert service.ends == ([0] if stops else [first, 0])
     again = capsys.readouterr().err.count("the critic has fallen back: training ")
-    row = f"| {fault} | {len(service.ends) - 1} | {again} | same weights |"
+    row = f"| {fault} | {transport} | {len(service.ends) - 1} | {again} | same weights |"
     assert row in PAGE.read_text().splitlines(), row
 
 
@@ -96,10 +109,14 @@ def wake(service: Service, happened: Path) -> None:
 
 
 class Proxy:
-    """Passes bytes on to a port, and hangs up on both sides in the middle of every third answer."""
+    """Passes bytes on to a port, and does something to them on the way.
 
-    def __init__(self, port: int):
-        self.to, self.cuts, self.answers = port, 0, 0
+    cut: hangs up on both sides in the middle of every fifth answer. twice: every fifth answer comes twice.
+    requests twice: what a caller sends goes to a second connection too, whose answers nobody gets.
+    """
+
+    def __init__(self, port: int, what: str):
+        self.to, self.what, self.happened, self.answers = port, what, 0, 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -111,38 +128,51 @@ class Proxy:
             except OSError:
                 return  # the test has ended
             try:
-                far = socket.create_connection(("127.0.0.1", self.to))
+                far = [
+                    socket.create_connection(("127.0.0.1", self.to)) for _ in range(1 + (self.what == "requests twice"))
+                ]
             except OSError:
                 near.close()
                 continue
             threading.Thread(target=self._forward, args=(near, far), daemon=True).start()
-            threading.Thread(target=self._back, args=(far, near), daemon=True).start()
+            threading.Thread(target=self._back, args=(far[0], near), daemon=True).start()
+            if len(far) > 1:
+                threading.Thread(target=self._drop, args=(far[1],), daemon=True).start()
 
-    def _forward(self, near: socket.socket, far: socket.socket) -> None:
+    def _forward(self, near: socket.socket, far: list[socket.socket]) -> None:
         with suppress(OSError):
             while data := near.recv(1 << 16):
-                far.sendall(data)
-        far.close()
+                for each in far:
+                    each.sendall(data)
+        for each in far:
+            each.close()
+
+    def _drop(self, far: socket.socket) -> None:
+        with suppress(OSError):
+            while data := far.recv(1 << 16):
+                self.happened += len(data) > 100
 
     def _back(self, far: socket.socket, near: socket.socket) -> None:
         with suppress(OSError):
             while data := far.recv(1 << 16):
                 self.answers += len(data) > 100  # less is the protocol's own
-                if len(data) > 100 and self.answers % 3 == 0:
-                    self.cuts += 1
+                fifth = len(data) > 100 and self.answers % 5 == 0
+                self.happened += fifth and self.what in ("cut", "twice")
+                if fifth and self.what == "cut":
                     near.sendall(data[:50])
                     break
-                near.sendall(data)
+                near.sendall(2 * data if fifth and self.what == "twice" else data)
         near.close()
         far.close()
 
 
-def test_answers_that_get_lost_on_the_way(undisturbed: Undisturbed, tmp_path):
+@pytest.mark.parametrize("what", ["cut", "twice", "requests twice"])
+def test_a_wire_that_loses_and_repeats(undisturbed: Undisturbed, tmp_path, what: str):
     service = supervised(undisturbed.folder, tmp_path / "critic", undisturbed.command)
-    proxy = Proxy(service.port)
+    proxy = Proxy(service.port, what)
     try:
         done = run("ppo", tmp_path / "run", undisturbed.command | {"critic.url": f"127.0.0.1:{proxy.port}"})
-        assert proxy.cuts >= 3
+        assert proxy.happened >= 3
         assert metrics(done) == undisturbed.metrics and policy(done) == undisturbed.policy
         assert values(service) == undisturbed.values
     finally:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from aligner import serve
 from aligner.data.tokenizer import digest, load_tokenizer
@@ -77,6 +77,17 @@ def test_two_ranks_tell_many_callers_what_transformers_says_and_stop_together(fo
 
     with ThreadPoolExecutor(CALLERS) as pool:
         assert max(pool.map(caller, range(CALLERS))) < 1e-5
+    rows = [{"prompt": "w1 w2", "completion": "w3"}, {"text": "w3 w1"}]
+    wide, narrow = RemoteReward(service.address, [1.0]), RemoteReward(service.address, [1.0], dtype="bfloat16")
+    for reward in (wide, narrow):
+        reward.check(tokenizer)
+    ids = AutoTokenizer.from_pretrained(folder / "reward" / "policy")("w1 w2 w3")["input_ids"]
+    end = model.config.eos_token_id
+    given = wide.score_rows(rows)
+    assert given == wide.score([[*ids, end], [ids[2], ids[0], end]]) and len(set(given)) == 2
+    assert narrow.score_rows(rows) == torch.tensor(given).bfloat16().tolist() != given
+    with pytest.raises(ValueError, match="row 1: got the keys"):
+        wide.score_rows([rows[0], {"prompt": "w1"}])
     # One rank is told to stop, and all do.
     workers = subprocess.run(["pgrep", "-P", str(service.process.pid)], capture_output=True, text=True, check=True)
     os.kill(int(workers.stdout.split()[1]), signal.SIGTERM)
@@ -122,14 +133,11 @@ def ppo(folder: Path) -> tuple[dict, dict]:
 
 def test_a_run_asks_a_served_model_as_it_asks_its_own(folder: Path, served, tmp_path):
     command, function = ppo(folder)
-    service = served("reward")
+    service = served("reward", rounding(command))
     weights = function | {"reward.weights": (0.5, 2.0)}
     own = run("ppo", tmp_path / "own", command | weights | {"reward.model": folder / "reward"})
     asked = run("ppo", tmp_path / "asked", command | weights | {"reward.url": service.address})
-    for mine, theirs in zip(metrics(asked), metrics(own), strict=True):
-        assert mine.keys() == theirs.keys()
-        assert all(mine[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6) for name in mine)
-    assert [row["response"] for row in samples(asked)] == [row["response"] for row in samples(own)]
+    assert metrics(asked) == metrics(own) and samples(asked) == samples(own)
     assert len({row["reward"] for row in samples(asked)}) > 20
 
 
@@ -158,10 +166,14 @@ def complete(folder: Path) -> dict:
     return command | function
 
 
+def rounding(command: dict) -> dict:
+    """The same for the service: the size of micro-batches decides about it."""
+    return {name: command[name] for name in ["batch.tokens-per-micro-batch"]}
+
+
 def critic_options(command: dict, output: Path) -> dict:
-    """The same for the service; the size of micro-batches decides about rounding."""
-    names = [name for name in command if name.startswith("critic.")] + ["batch.tokens-per-micro-batch"]
-    return {name: command[name] for name in names} | {"output": output}
+    critic = {name: value for name, value in command.items() if name.startswith("critic.")}
+    return critic | rounding(command) | {"output": output}
 
 
 def test_a_served_critic_is_the_run_s_own_bit_by_bit(folder: Path, served, tmp_path):
@@ -185,12 +197,11 @@ def test_the_same_over_pytriton(folder: Path, served, tmp_path):
     secret.write_text("correct horse battery staple")
     shared = {"serve.transport": "pytriton", "serve.token-file": secret}
     critic = served("critic", critic_options(command, tmp_path / "critic") | shared)
-    reward = served("reward", shared)
+    reward = served("reward", shared | rounding(command))
     addresses = {"critic.url": critic.address, "reward.url": reward.address}
     addresses |= {"critic.token-file": secret, "reward.token-file": secret}
     asked = run("ppo", tmp_path / "asked", command | addresses)
-    for mine, theirs in zip(metrics(asked), metrics(own), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+    assert metrics(asked) == metrics(own) and samples(asked) == samples(own)
     assert serve.main(["status", critic.address, "--token-file", str(secret)]) == 0
     assert critic.end() == reward.end() == [0]
     assert "correct horse" not in critic.words() + reward.words()
@@ -224,10 +235,26 @@ def test_critic_and_reward_model_in_the_same_processes(folder: Path, served, tmp
     options = critic_options(command, tmp_path / "critic") | {"reward-model": folder / "reward", "reward-port": port}
     both = served("both", options)
     asked = run("ppo", tmp_path / "asked", command | {"critic.url": both.address, "reward.url": f"127.0.0.1:{port}"})
-    for mine, theirs in zip(metrics(asked), metrics(own), strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+    assert metrics(asked) == metrics(own) and samples(asked) == samples(own)
     assert both.end() == [0] and both.words().count("\nready: ") == 2
     assert [f.name for f in (tmp_path / "critic" / "checkpoints").iterdir()] == ["step-3"]
+
+
+def test_answers_of_sixteen_bits(folder: Path, served, tmp_path):
+    command, _ = ppo(folder)
+    command |= {"steps": 2, "eval-every": 0}
+    own = run("ppo", tmp_path / "own", command | {"reward.model": folder / "reward"})
+    reward = served("reward", rounding(command))
+    critic = served("critic", critic_options(command, tmp_path / "critic"))
+    addresses = {"reward.url": reward.address, "critic.url": critic.address}
+    shorter = {"reward.answer-dtype": "bfloat16", "critic.answer-dtype": "bfloat16"}
+    asked = run("ppo", tmp_path / "asked", command | addresses | shorter)
+    given = [torch.tensor([row["reward"] for row in samples(done)]) for done in (own, asked)]
+    first = len(given[0]) // 2  # later ones are of other weights
+    assert torch.equal(given[1][:first], given[0][:first].bfloat16().float()) and not torch.equal(*given)
+    mine, theirs = metrics(asked)[-1], metrics(own)[-1]
+    assert mine["values/mean"] != theirs["values/mean"]
+    assert mine["values/mean"] == pytest.approx(theirs["values/mean"], rel=1e-2)
 
 
 def refusal(tmp_path: Path, command: dict, service: Service) -> str:

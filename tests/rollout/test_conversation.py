@@ -3,10 +3,8 @@
 import json
 import math
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +18,8 @@ from aligner.rollout.native import NativeSampler
 from aligner.rollout.sampling import Sampling
 from aligner.rollout.scoring import sample_and_score
 from aligner.rollout.transcript import Transcript
+from aligner.serving.reward import RewardFunction
+from aligner.serving.rewards import Rewards
 from tests.programs.bandit import write
 from tests.programs.chats import END, Oracle, assistant, chatml, save_chat_model, user
 from tests.programs.environments import Counts, asks_why
@@ -199,14 +199,12 @@ def test_without_an_environment_it_is_one_response(talker: Talker):
 def test_the_reward_is_told_the_turns(talker: Talker):
     seen = []
 
-    def score(prompts, responses, metadata, sequences):
+    def score(prompts, responses, metadata):
         seen.extend(zip(prompts, responses, metadata, strict=True))
         return [float(len(m.get("turns", [""]))) for m in metadata]
 
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        reward = SimpleNamespace(submit=lambda *columns: worker.submit(score, *columns))
-        scored = talker.talk(asks_why, CHATS, 8, reward=reward)
-        rewards_B = scored.rewards()
+    scored = talker.talk(asks_why, CHATS, 8, reward=Rewards([RewardFunction(score, "score")], [], [1.0]))
+    rewards_B = scored.rewards()[:, 0]
     counts = [len(said(scored, b)) for b in range(24)]
     assert rewards_B.tolist() == counts and set(counts) == {1, 3, 5}
     assert len(seen) == 24

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from aligner.serving.service import (
     ServiceStatus,
     TrainRequest,
     ValuesRequest,
+    from_answer,
 )
 
 LIMITS = Limits(vocabulary=100, context=8, tokens=10)
@@ -41,11 +43,16 @@ class Tally:
     """A critic whose value of a token is weight * token; a step adds the sum of its returns * weights to the weight."""
 
     def __init__(self):
-        self.weight, self.steps, self.go, self.faults = 1.0, [], threading.Event(), []
+        self.weight, self.steps, self.go, self.faults, self.parts = 1.0, [], threading.Event(), [], []
         self.go.set()
 
-    def infer(self, batch) -> Future:
-        return done(self.weight * batch.tokens_N.float() * batch.action_mask_N)
+    @property
+    def critic(self):
+        return SimpleNamespace(infer=self.infer)
+
+    def infer(self, batch, parts):
+        self.parts.append([list(part) for part in parts])
+        return self.weight * batch.tokens_N.float() * batch.action_mask_N
 
     def train(self, batch, steps) -> Future:
         assert self.go.wait(10)
@@ -90,6 +97,7 @@ FUZZED = CriticService(
     Tally(),
     {"model": "m", "tokenizer": "t"},
     LIMITS,
+    None,
     settings="{}",
     folder=Path("/nowhere"),
     begun={},
@@ -104,7 +112,7 @@ class Running:
         self.critic, self.stop = Tally(), threading.Event()
         shared = {"settings": "{}", "folder": folder, "begun": begun or {}}
         self.group = Group(LIMITS.tokens, 8)
-        self.service = CriticService(self.group, self.critic, {"model": "m", "tokenizer": "t"}, LIMITS, **shared)
+        self.service = CriticService(self.group, self.critic, {"model": "m", "tokenizer": "t"}, LIMITS, None, **shared)
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
 
@@ -115,8 +123,8 @@ class Running:
     def train(self, asked: TrainRequest) -> Future:
         return self.service.call(TRAIN, asked.arrays())
 
-    def values(self, version: int) -> Future:
-        asked = ValuesRequest(sequences=SEQUENCES, action_mask_N=MASK, weights_version=version)
+    def values(self, version: int, dtype: str = "float32") -> Future:
+        asked = ValuesRequest(sequences=SEQUENCES, action_mask_N=MASK, weights_version=version, dtype=dtype)
         return self.service.call(VALUES, asked.arrays())
 
     def save(self, version: int, run_id: str = "run") -> Future:
@@ -200,10 +208,12 @@ def test_what_comes_out_of_order_is_refused_with_both_numbers(running):
 def test_values_of_mixed_versions_in_one_batch(running):
     running.critic.go.clear()
     training_first = running.train(request(0))
-    asked = [running.values(version) for version in (1, 0, 1)]
+    asked = [running.values(*each) for each in ((1, "float32"), (0, "float32"), (1, "bfloat16"), (1, "float32"))]
     running.critic.go.set()
     training_first.result(10)
-    assert asked[0].result(10)["values_A"].tolist() == asked[2].result(10)["values_A"].tolist() == [26, 39, 650]
+    assert asked[0].result(10)["values_A"].tolist() == asked[3].result(10)["values_A"].tolist() == [26, 39, 650]
+    assert from_answer(asked[2].result(10)["values_A"]).tolist() == [26, 39, 648]  # of eight bits
+    assert running.critic.parts == [[[0, 1]], [[0, 1], [2, 3]]]  # ten tokens at once
     refused(asked[1], "weights version 1, the request wants 0")
 
 
@@ -360,6 +370,6 @@ def test_packed_batches_are_torch_s_own(running):
     """What the critic is given may be written to, and shares nothing with the request."""
     seen = []
     infer = running.critic.infer
-    running.critic.infer = lambda batch: seen.append(batch) or infer(batch)
+    running.critic.infer = lambda batch, parts: seen.append(batch) or infer(batch, parts)
     running.values(0).result(10)
     assert seen[0].tokens_N.dtype == torch.int64 and seen[0].cu_seqlens.dtype == torch.int32

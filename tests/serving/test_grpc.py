@@ -24,7 +24,7 @@ from aligner.serving.access import AccessConfig
 from aligner.serving.grpc_transport import Connection, Tls, from_frame, to_frame
 from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.remote import Patience, RemoteReward
-from aligner.serving.service import REWARD, STATUS, Code, Limits, Sequences, ServiceError, ServiceStatus
+from aligner.serving.service import REWARD, STATUS, Code, Limits, RewardRequest, Sequences, ServiceError, ServiceStatus
 from aligner.serving.triton_transport import TritonServer
 
 LIMITS = Limits(vocabulary=100, context=6, tokens=12)
@@ -143,7 +143,7 @@ class Sums:
             raise fault
         if fault == "silence":
             return future
-        sequences = Sequences.of(asked, LIMITS)
+        sequences = RewardRequest.of(asked, LIMITS).sequences
         parts = np.split(sequences.tokens_N, sequences.cu_seqlens[1:-1])
         rewards = np.array([[part.sum(), len(part)] for part in parts], np.float32)
         names = {name: np.array(getattr(STATE, name)) for name in ("model", "tokenizer")}

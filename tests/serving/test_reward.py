@@ -122,7 +122,7 @@ def test_submit_runs_beside_the_caller_in_order_in_one_thread():
         return [float(prompts[0])]
 
     score = rewards(slow, lambda p, r, m: [7.0], weights=(1.0, 2.0))
-    futures = [score.submit([str(i)], ["r"], [{}], [[1]]) for i in range(3)]
+    futures = [score.submit([str(i)], ["r"], [{}]) for i in range(3)]
     assert not any(future.done() for future in futures)
     gate.set()
     assert [future.result(10) for future in futures] == [[[0.0, 7.0]], [[1.0, 7.0]], [[2.0, 7.0]]]
@@ -130,7 +130,7 @@ def test_submit_runs_beside_the_caller_in_order_in_one_thread():
 
 
 def test_a_failure_in_the_worker_reaches_the_caller():
-    future = rewards(lambda p, r, m: [], weights=(1.0,)).submit(["p"], ["r"], [{}], [[1]])
+    future = rewards(lambda p, r, m: [], weights=(1.0,)).submit(["p"], ["r"], [{}])
     with pytest.raises(ValueError, match="returned 0 numbers for 1 responses"):
         future.result(10)
 

@@ -12,7 +12,18 @@ import torch
 from aligner.serving.group import Group
 from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.reward_service import RewardService
-from aligner.serving.service import REWARD, STATUS, Code, Limits, Sequences, ServiceError, ServiceStatus
+from aligner.serving.service import (
+    ANSWERS,
+    REWARD,
+    STATUS,
+    Code,
+    Limits,
+    RewardRequest,
+    Sequences,
+    ServiceError,
+    ServiceStatus,
+    from_answer,
+)
 
 LIMITS = Limits(vocabulary=100, context=8, tokens=10)
 
@@ -23,13 +34,14 @@ class Sum:
     attributes, shape = 2, SimpleNamespace(vocab=100)
 
     def __init__(self):
-        self.batches, self.go, self.faults = [], threading.Event(), []
+        self.batches, self.parts, self.go, self.faults = [], [], threading.Event(), []
 
-    def infer(self, batch) -> torch.Tensor:
+    def infer(self, batch, parts) -> torch.Tensor:
         assert self.go.wait(10)
         starts = batch.cu_seqlens.tolist()
         pieces = [batch.tokens_N[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
         self.batches.append([piece.tolist() for piece in pieces])
+        self.parts.append([list(part) for part in parts])
         assert batch.action_mask_N.nonzero()[:, 0].tolist() == [end - 1 for end in starts[1:]]
         if self.faults:
             raise self.faults.pop()
@@ -44,7 +56,7 @@ def running():
     """(model, service, stop, thread) of a service that takes up to 4 requests."""
     model, stop = Sum(), threading.Event()
     group = Group(LIMITS.tokens, queue_size=4)
-    service = RewardService(group, model, {"model": "m", "tokenizer": "t"}, LIMITS)
+    service = RewardService(group, model, {"model": "m", "tokenizer": "t"}, LIMITS, None)
     thread = threading.Thread(target=group.run, args=(stop,))
     thread.start()
     yield model, service, stop, thread
@@ -77,10 +89,22 @@ def test_what_waits_is_answered_in_batches(running):
     assert answers == [[[3, -3]], [[40, -40], [3, -3]], [[80, -80]], [[5, -5]], [[48, -48]]]
     # Ten tokens at most: 5 + 4 + 1, then the one that did not fit.
     assert model.batches == [[[1, 2]], [[10] * 4, [3], [20] * 4, [5]], [[6] * 8]]
+    assert model.parts == [[[0]], [[0, 1], [2], [3]], [[0]]]  # no request's numbers depend on another's
     counted = service.metrics.registry.get_sample_value
     assert (counted("aligner_tokens_total"), counted("aligner_queue_seconds_count")) == (20, 5)
     assert (counted("aligner_batch_tokens_sum"), counted("aligner_batch_tokens_count")) == (20, 3)
     assert counted("aligner_compute_seconds_count") == 3 and counted("aligner_weights_version") == 0
+
+
+def test_answers_of_sixteen_bits_beside_others(running):
+    """The sum 257 has nine bits, of which bfloat16 has eight: the even neighbour is 256."""
+    model, service, _, _ = running
+    model.go.set()
+    sequences = Sequences.pack([[99, 99, 59], [1]])
+    wide, narrow = (service.call(REWARD, RewardRequest(sequences=sequences, dtype=d).arrays()) for d in ANSWERS)
+    assert wide.result(10)["rewards_BK"].tolist() == [[257, -257], [1, -1]]
+    sent = narrow.result(10)["rewards_BK"]
+    assert sent.nbytes == 8 and from_answer(sent).tolist() == [[256, -256], [1, -1]]
 
 
 def test_who_has_hung_up_is_not_worked_for(running):
