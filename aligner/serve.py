@@ -30,7 +30,7 @@ from aligner.serving.critic_service import CriticService
 from aligner.serving.group import Group
 from aligner.serving.listen import ServeConfig, listen, watch
 from aligner.serving.reward_service import RewardService
-from aligner.serving.service import STATUS, Limits, ServiceError, ServiceStatus
+from aligner.serving.service import REWARD, SAVE, STATUS, TRAIN, VALUES, Limits, ServiceError, ServiceStatus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,8 @@ class BothServeConfig(CriticServeConfig):
     """Reward model: folder of a run of aligner.reward_model, or of a Hugging Face sequence classifier."""
     reward_port: int | None = None
     """TCP port of the reward model; default the one after the critic's."""
+    swap: bool = False
+    """Critic and reward model take turns on the device: the other one waits in host memory."""
 
 
 def serve_reward(argv: list[str]) -> int:
@@ -72,14 +74,17 @@ def serve_critic(argv: list[str]) -> int:
 
 
 def serve_both(argv: list[str]) -> int:
-    """Critic and reward model in the same processes, side by side: two addresses, and one queue before the work."""
+    """Critic and reward model in the same processes, side by side or by turns: two addresses, and one queue."""
     config = options.parse(BothServeConfig, argv)
     job, where = _prepare(config)
     group, port = _group(config), config.reward_port
     port = port if port is not None else where["port"] and where["port"] + 1
     folder = Path(model_folder(config.reward_model))
-    services = [(critic_service(job, group), where), (reward_service(job, group, folder), where | {"port": port})]
-    return _serve(config.serve, group, services)
+    critic, reward = critic_service(job, group), reward_service(job, group, folder)
+    if config.swap:
+        mine = dict.fromkeys((VALUES, TRAIN, SAVE), critic.critic.critic.network)
+        group.take_turns(mine | {REWARD: reward.model.network})
+    return _serve(config.serve, group, [(critic, where), (reward, where | {"port": port})])
 
 
 def reward_service(job: Job, group: Group, folder: Path) -> RewardService:

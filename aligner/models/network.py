@@ -134,6 +134,7 @@ class Network:
         if config is None:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
+            self.offload = Offload(self.chunks, None)
         else:
             self.ddp = [_buffered(chunk, self.parallel) for chunk in self.chunks]
             self.optimizer, self.scheduler = _optimizer(config, self.parallel, self.dtype, self.ddp)
@@ -188,6 +189,7 @@ class Network:
         parts: sequence indices; those of two parts share no micro-batch, so that a part's numbers do not depend on what
             else is asked for. None packs all of them as tightly as it can.
         """
+        self.offload.weights_come_back()
         groups = self._micro_batches(rollout, parts)
 
         def loss(hidden: Tensor, layout: Layout, _micro):
@@ -205,6 +207,7 @@ class Network:
     @torch.no_grad()
     def measure(self, batch, statistics: Callable[[Tensor, Layout, object], dict[str, Tensor]]) -> Stats:
         """Forward only: sums over micro-batches and ranks of what `statistics(hidden, layout, micro_batch)` returns."""
+        self.offload.weights_come_back()
 
         def loss(hidden: Tensor, layout: Layout, micro):
             return hidden.new_zeros(()), statistics(hidden, layout, micro)

@@ -107,6 +107,7 @@ class CriticService:
     def finish(self) -> None:
         """Save what no checkpoint has; all ranks call it once the group has ended. Raises OSError on all of them."""
         if self._version != max(self._saved, 0):
+            self._group.make_room(SAVE)
             self._save()
 
     def _train_once(self, request: TrainRequest) -> Future:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from aligner.models.network import Network
 from aligner.run.distributed import gather, is_main
 from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.service import Arrays, Code, ServiceError
@@ -46,10 +47,30 @@ class Group:
         self._beat = time.monotonic()
         self._draining = threading.Event()
         self._answers: dict[str, Answer] = {}
+        self._networks: dict[str, Network] = {}  # that take turns, by endpoint
+        self._present: Network | None = None  # the one whose turn it is
 
     def works(self, endpoint: str, answer: Answer) -> None:
         """Requests of an endpoint go to `answer`, which all ranks call together."""
         self._answers[endpoint] = answer
+
+    def take_turns(self, networks: dict[str, Network]) -> None:
+        """Let the weights of all networks but one wait in host memory: that of the endpoint which is worked on."""
+        self._networks = networks
+        for network in set(networks.values()):
+            network.offload.leave(weights=True)
+
+    def make_room(self, endpoint: str) -> None:
+        """For the endpoint's network; all ranks call it."""
+        mine = self._networks.get(endpoint)
+        if mine is None or mine is self._present:
+            return
+        began = time.monotonic()
+        if self._present:
+            self._present.offload.leave(weights=True)
+        self._present = mine
+        mine.offload.weights_come_back()
+        self.metrics.swap_seconds.observe(time.monotonic() - began)
 
     def submit(self, endpoint: str, request, tokens: int, *, changes: bool = False) -> Future:
         """The future reply. Raises ServiceError when nothing more is taken."""
@@ -96,6 +117,7 @@ class Group:
         for w in work:
             self.metrics.queue_seconds.observe(began - w.came)
         try:
+            self.make_room(endpoint)
             replies = self._answers[endpoint](requests)
         except Exception as error:
             if work:

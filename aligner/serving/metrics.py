@@ -11,6 +11,7 @@ class ServiceMetrics:
 
     requests: by endpoint and code, OK where it was answered. tokens: answered. batch_tokens: answered at once.
     queue_seconds: from a request's arrival to the start of its batch. compute_seconds: of a batch.
+    swap_seconds: of making room for a model, where two take turns on the device.
     weights_version: of the weights that answer.
     """
 
@@ -22,6 +23,7 @@ class ServiceMetrics:
         self.batch_tokens = Histogram("batch_tokens", "Tokens answered at once.", buckets=TOKENS, **shared)
         self.queue_seconds = Histogram("queue_seconds", "Seconds that a request waits.", buckets=SECONDS, **shared)
         self.compute_seconds = Histogram("compute_seconds", "Seconds of a batch.", buckets=SECONDS, **shared)
+        self.swap_seconds = Histogram("swap_seconds", "Seconds of changing models.", buckets=SECONDS, **shared)
         self.weights_version = Gauge("weights_version", "Of the weights that answer.", **shared)
 
     def publish(self, host: str, port: int) -> int:

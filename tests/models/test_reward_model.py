@@ -87,6 +87,18 @@ def test_a_part_s_scores_do_not_depend_on_other_parts(tmp_path):
         assert torch.equal(model.infer(alone)[alone.cu_seqlens[1:].long() - 1, 0], together[ends[part]])
 
 
+def test_weights_that_never_change_go_to_the_host_once(tmp_path):
+    model, batch = make(classifier(tmp_path / "m", "llama", 1), 1, trained=True), pack_last(SEQUENCES)
+    wanted, copies = model.infer(batch), []
+    for _ in range(3):
+        model.network.offload.leave(weights=True)
+        model.network.offload.leave(weights=True)
+        copies.append({host.data_ptr() for _, host in model.network.offload._kept})
+        assert all(p.untyped_storage().nbytes() == 0 for p in model.network.parameters.values())
+        assert torch.equal(model.infer(batch), wanted)
+    assert copies[0] and copies[0] == copies[1] == copies[2]
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_what_is_trained_and_written_is_read_by_transformers(tmp_path, rank: int):
     """From a language model, whose head starts at 0, to ratings of three attributes."""

@@ -100,7 +100,7 @@ def test_bfloat16_weights_keep_float32_masters(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_offloaded_optimizer_state_comes_back(tmp_path, dtype: torch.dtype):
+def test_what_was_offloaded_comes_back(tmp_path, dtype: torch.dtype):
     folder = save_model(tmp_path / "m", "llama", **SIZES)
     stayed, moved = make(folder, dtype), make(folder, dtype)
     for step in range(3):
@@ -114,6 +114,10 @@ def test_offloaded_optimizer_state_comes_back(tmp_path, dtype: torch.dtype):
             len(gone) == len(held) * (3 if masters else 2) // 3
         )  # two moments, and masters unless they are the weights
         assert torch.equal(moved.infer(batch_of(9))[0], before)  # the weights stayed
+        moved.network.offload.leave(weights=True)
+        assert all(p.untyped_storage().nbytes() == 0 for p in moved.network.parameters.values())
+        assert torch.equal(moved.infer(batch_of(9))[0], before)  # they come when they are needed
+        moved.network.offload.leave(weights=True)
     assert update(stayed, 3) == update(moved, 3)
     for (name, a), (_, b) in zip(stayed.hugging_face(), moved.hugging_face(), strict=True):
         assert torch.equal(a, b), name

@@ -227,15 +227,18 @@ def test_critic_and_reward_model_on_layouts_of_their_own(folder: Path, served, t
     assert all((tensor - mine[name]).abs().max() < 1e-6 for name, tensor in theirs.items())
 
 
-def test_critic_and_reward_model_in_the_same_processes(folder: Path, served, tmp_path):
+@pytest.mark.parametrize("swap", [False, True])
+def test_critic_and_reward_model_in_the_same_processes(folder: Path, served, tmp_path, swap: bool):
     command, function = ppo(folder)
     command |= function | {"reward.weights": (0.5, 2.0)}
     own = run("ppo", tmp_path / "own", command | {"reward.model": folder / "reward"})
     port = free_port()
     options = critic_options(command, tmp_path / "critic") | {"reward-model": folder / "reward", "reward-port": port}
-    both = served("both", options)
+    both = served("both", options | {"serve.metrics-port": 0} | ({"swap": True} if swap else {}))
     asked = run("ppo", tmp_path / "asked", command | {"critic.url": both.address, "reward.url": f"127.0.0.1:{port}"})
     assert metrics(asked) == metrics(own) and samples(asked) == samples(own)
+    (turns,) = (line for line in scraped(both).splitlines() if line.startswith("aligner_swap_seconds_count"))
+    assert float(turns.split()[1]) >= (6 if swap else 0) and (swap or turns.endswith(" 0.0"))
     assert both.end() == [0] and both.words().count("\nready: ") == 2
     assert [f.name for f in (tmp_path / "critic" / "checkpoints").iterdir()] == ["step-3"]
 
@@ -309,6 +312,13 @@ def test_a_critic_in_the_run_and_one_that_is_served_are_not_mixed_up(folder: Pat
         run("ppo", tmp_path / "asked", command | {"resume": True, "steps": 4})
 
 
+def scraped(service: Service) -> str:
+    """Its metrics."""
+    (metrics_at,) = (line.split()[1] for line in service.words().splitlines() if line.startswith("metrics: "))
+    with urllib.request.urlopen(metrics_at, timeout=10) as answer:
+        return answer.read().decode()
+
+
 def test_status_says_what_is_served(served, folder: Path, tmp_path, capsys):
     secret = tmp_path / "secret"
     secret.write_text("correct horse battery staple")
@@ -318,9 +328,7 @@ def test_status_says_what_is_served(served, folder: Path, tmp_path, capsys):
     assert "kind: reward" in said and "attributes: 1" in said and "draining: false" in said
     assert serve.main(["status", service.address]) == 1
     assert "the token is missing or wrong. (UNAUTHENTICATED)" in capsys.readouterr().err
-    (metrics_at,) = (line.split()[1] for line in service.words().splitlines() if line.startswith("metrics: "))
-    with urllib.request.urlopen(metrics_at, timeout=10) as answer:
-        said += answer.read().decode()
+    said += scraped(service)
     assert 'aligner_requests_total{code="OK",endpoint="status_v1"} 1.0' in said
     assert "correct horse" not in service.words() + said
     service.end()
