@@ -8,10 +8,12 @@ import subprocess
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 import trustme
 from hypothesis import given, settings
@@ -24,7 +26,17 @@ from aligner.serving.access import AccessConfig
 from aligner.serving.grpc_transport import Connection, Tls, from_frame, to_frame
 from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.remote import Patience, RemoteReward
-from aligner.serving.service import REWARD, STATUS, Code, Limits, RewardRequest, Sequences, ServiceError, ServiceStatus
+from aligner.serving.service import (
+    REWARD,
+    STATUS,
+    Code,
+    Limits,
+    RewardRequest,
+    Sequences,
+    ServiceError,
+    ServiceStatus,
+    resolved,
+)
 from aligner.serving.triton_transport import TritonServer
 
 LIMITS = Limits(vocabulary=100, context=6, tokens=12)
@@ -42,7 +54,7 @@ STATE = ServiceStatus(
     draining=False,
 )
 SECRET = "0123456789abcdef0123456789abcdef"
-NUMBERS = st.sampled_from(["int32", "int64", "float32", "float64", "bool"]).flatmap(
+NUMBERS = st.sampled_from(["int32", "int64", "uint16", "float32", "float64", "bool"]).flatmap(
     lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
 )
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).map(np.array)
@@ -114,6 +126,7 @@ def request(tokens, ends, dtype="int32") -> dict:
         (request([1, 2], [0, 3, 2]), "every sequence needs a token"),
         (request([1] * 7, [0, 7]), "the longest sequence has 7 tokens, the model's context is 6"),
         (request([1] * 13, [0, 6, 12, 13]), "got 13 tokens, a request may have 12"),
+        (request([1] * 10**7, range(0, 10**7 + 1, 5)), "got 10000000 tokens, a request may have 12"),
         (request([1, 100], [0, 2]), "ids from 1 to 100, expected 0 to 99"),
         (request([-1, 3], [0, 2]), "ids from -1 to 3"),
     ],
@@ -406,6 +419,87 @@ def test_triton_keeps_the_secret_and_what_it_is_not_asked_for_to_itself(triton):
         with pytest.raises(grpc.RpcError, match="restricted"):
             call(asked, timeout=5)
     channel.close()
+
+
+@pytest.mark.slow
+def test_triton_lives_on_after_garbage(triton, tmp_path):
+    """Frames that are none, protobufs that are cut off or not what they claim, other protocols, other endpoints."""
+    switch, address = triton
+    switch.target, (host, port) = Sums(), address.removeprefix("triton://").split(":")
+    (tmp_path / "secret").write_text(SECRET)
+    connection = AccessConfig(token_file=str(tmp_path / "secret")).connect(address)
+    channel = grpc.insecure_channel(f"{host}:{port}")
+    metadata = (("authorization", f"Bearer {SECRET}"),)
+
+    def model_infer(frame: bytes, **changes) -> service_pb2.ModelInferRequest:
+        given = {"name": "frame", "datatype": "BYTES", "shape": [1, 1]} | changes
+        asked = service_pb2.ModelInferRequest(
+            model_name=REWARD, raw_input_contents=[struct.pack("<I", len(frame)) + frame]
+        )
+        asked.inputs.append(service_pb2.ModelInferRequest.InferInputTensor(**given))
+        return asked
+
+    @given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda data: to_frame(request([1], [0, 1])) + data))
+    @settings(max_examples=40, deadline=None)
+    def frames(frame: bytes):
+        infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+        reply = from_frame(infer(model_infer(frame), timeout=5, metadata=metadata).raw_output_contents[0][4:])
+        assert "rewards_BK" in reply or reply["error"].item() == "INVALID"
+
+    frames()
+    whole = model_infer(to_frame(request([1, 2], [0, 2])))
+    raw = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    for bad in (
+        *(whole.SerializeToString()[:end] for end in (1, 20, 40)),
+        model_infer(b"x", datatype="INT32").SerializeToString(),
+        model_infer(b"x", shape=[1, 2]).SerializeToString(),
+        model_infer(b"x", name="other").SerializeToString(),
+    ):
+        with pytest.raises(grpc.RpcError):
+            raw(bad, timeout=5, metadata=metadata)
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01" + bytes(200), bytes(1000)):
+        with socket.create_connection((host, int(port)), timeout=5) as other:
+            other.sendall(garbage)
+    with pytest.raises(ServiceError, match="reward_v0") as error:
+        connection.call("reward_v0", {}, 5)
+    assert error.value.code is Code.INVALID
+    channel.close()
+    assert connection.call(REWARD, request([1, 2], [0, 2]), 5)["rewards_BK"].tolist() == [[3, 2]]
+
+
+@pytest.mark.slow
+def test_triton_s_probe_tells_a_dead_model_process(monkeypatch):
+    """Triton itself says that it is ready; a frame of more than 64 MiB passes before."""
+    server = TritonServer(Large(), (REWARD, STATUS), host="127.0.0.1", port=0)
+    connection = AccessConfig().connect(f"triton://127.0.0.1:{server.port}")
+    try:
+        sent = np.arange(17 << 20, dtype=np.int32)
+        assert np.array_equal(connection.call(REWARD, {"x": sent}, 60)["x"], sent)
+        assert server.alive()
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        assert server.alive()
+        (stub, *_) = (p for p in psutil.Process().children(recursive=True) if "python_backend_stub" in p.name())
+        stub.kill()
+        assert not server.alive()
+        for endpoint in (REWARD, STATUS):
+            with suppress(ServiceError):
+                connection.call(endpoint, {"x": np.zeros(1, np.int32)}, 5)
+        with pytest.raises(ServiceError) as error:  # whichever endpoint it was, its callers try again
+            for endpoint in (REWARD, STATUS):
+                connection.call(endpoint, {"x": np.zeros(1, np.int32)}, 5)
+        assert error.value.code is Code.UNAVAILABLE
+    finally:
+        server.stop()
+
+
+class Large:
+    """Gives back what it gets."""
+
+    def __init__(self):
+        self.metrics = ServiceMetrics()
+
+    def call(self, endpoint: str, asked: dict) -> Future:
+        return resolved(asked)
 
 
 @pytest.mark.slow
