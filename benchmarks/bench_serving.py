@@ -3,10 +3,7 @@
 Rows in results/serving.csv: medians of calls that take turns, one client; calls a second of 16 clients; bytes. The bare
 clients send a frame that was made before and do not read the answer, so that "ours over bare" is what our own client
 costs. The service is a process of its own on this machine; loopback.
-
-`bench_serving.py step`: the requests of one PPO step of 1024 responses, one after the other, in a network namespace
-whose loopback carries so much and no more (tc's token bucket; both directions share it), as root. Delays are not added:
-that needs netem.
+bench_serving_step.py has the requests of a whole PPO step.
 """
 
 import csv
@@ -14,8 +11,6 @@ import datetime
 import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +23,7 @@ import numpy as np
 import tritonclient.grpc as triton
 
 from aligner.serving import grpc_transport
-from aligner.serving.grpc_transport import CALLER_OPTIONS, OPTIONS, PATH, Connection, from_frame, to_frame
+from aligner.serving.grpc_transport import CALLER_OPTIONS, OPTIONS, PATH, Connection, to_frame
 from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.service import (
     REWARD,
@@ -38,15 +33,12 @@ from aligner.serving.service import (
     Arrays,
     Sequences,
     TrainRequest,
-    ValuesRequest,
     resolved,
 )
 from aligner.serving.triton_transport import TritonConnection, TritonServer
 
 RESULTS = Path(__file__).parent / "results" / "serving.csv"
-RATES = {"no shaping": "", "10 Gbit/s": "10gbit burst 16mb", "1 Gbit/s": "1gbit burst 2mb"}
-STEPS_S = (56.9, 366.7)  # of published PPO steps, arXiv:2405.01481
-CLIENTS, SECONDS = 16, 4.0
+CLIENTS, SECONDS, TURNS = 16, 2.0, 9
 SMALL, LARGE = 8, 3800  # sequences of 1024 tokens: a reward request, and a training of 64 MiB
 ROUNDS = {SMALL: 60, LARGE: 6}
 
@@ -163,58 +155,7 @@ def record(rows: list[tuple[str, str, str, float]]) -> None:
             writer.writerow([datetime.date.today(), *row[:3], f"{row[3]:.4g}", os.cpu_count(), f"{load:.1f}"])
 
 
-def step_requests() -> list[tuple[str, Arrays]]:
-    """1024 responses of 512 tokens to prompts of 512: rewards eight at a time, values, and a training."""
-    mask_N = np.tile(np.arange(1024) >= 512, 1024)
-    sequences = Sequences.pack([[7] * 1024] * 1024)
-    values = ValuesRequest(sequences=sequences, action_mask_N=mask_N, weights_version=0)
-    actions = int(mask_N.sum())
-    trained = train_request(1024) | {"action_mask_N": mask_N}
-    trained |= {f"{name}_A": np.ones(actions, np.float32) for name in ("old_values", "returns", "weights")}
-    return [*[(REWARD, reward_request(8))] * 128, (VALUES, values.arrays()), (TRAIN, trained)]
-
-
-def measure_step(rate: str) -> None:
-    """In the namespace: rows of one rate."""
-    requests, rows = step_requests(), []
-    what = f"requests of a PPO step of 1024 x 1024 tokens, {rate}"
-    frames = [to_frame(request) for _, request in requests]
-    replies = [to_frame(Idle().call(*asked).result()) for asked in requests]
-    rows.append((what, "either, sent and received", "MB", sum(map(len, frames + replies)) / 1e6))
-
-    def serialise() -> None:  # on both sides
-        for (_, request), frame, reply in zip(requests, frames, replies, strict=True):
-            to_frame(request), from_frame(frame), to_frame(from_frame(reply)), from_frame(reply)
-
-    rows.append((what, "either, serialise, of that", "s", statistics.median(seconds(serialise) for _ in range(5))))
-    with served() as (over_grpc, over_triton):
-        sides = {"grpc": Connection(over_grpc), "pytriton": TritonConnection(over_triton)}
-        times = {name: [] for name in sides}
-        for round in range(6):
-            for name, side in sides.items():
-                taken = seconds(lambda side=side: [side.call(*asked, 60) for asked in requests])
-                if round:
-                    times[name].append(taken)
-    for name, taken in times.items():
-        whole = statistics.median(taken)
-        rows.append((what, f"{name}, all calls, one after the other", "s", whole))
-        rows += [(what, f"{name}, of a step of {s} s", "%", 100 * whole / s) for s in STEPS_S]
-    record(rows)
-
-
-def measure_steps() -> None:
-    for rate, words in RATES.items():
-        shape = f"tc qdisc add dev lo root tbf rate {words} latency 50ms && " if words else ""
-        again = f"ip link set lo up && {shape}exec {sys.executable} {__file__} '{rate}'"
-        if subprocess.run(["unshare", "--net", "bash", "-c", again], check=False).returncode:
-            print(f"{rate}: left out; it needs root, unshare, ip, and tc with tbf in the kernel")
-
-
 def main() -> None:
-    if sys.argv[1:] == ["step"]:
-        return measure_steps()
-    if sys.argv[1:]:
-        return measure_step(sys.argv[1])
     with served() as addresses:
         rows = measure(*addresses)
     packed, padded = bytes_of()
@@ -247,11 +188,18 @@ def measure(over_grpc: str, over_triton: str) -> list[tuple[str, str, str, float
             ratio = statistics.median(times[f"{transport}, ours"]) / statistics.median(times[f"{transport}, bare"])
             rows.append((what, f"{transport}, ours over bare", "ratio", ratio))
         if num == SMALL:
-            speeds = {name: [calls_a_second(action) for _ in range(2)] for name, action in actions.items()}
+            speeds = {name: [] for name in actions}
+            for _ in range(TURNS):
+                for name, action in actions.items():
+                    speeds[name].append(calls_a_second(action))
             for name, speed in speeds.items():
-                rows.append((what, f"{name}, {CLIENTS} clients", "calls/s, mean of 2", statistics.mean(speed)))
+                rows.append(
+                    (what, f"{name}, {CLIENTS} clients", f"calls/s, median of {TURNS}", statistics.median(speed))
+                )
             for transport in ("grpc", "pytriton"):
-                ratio = sum(speeds[f"{transport}, ours"]) / sum(speeds[f"{transport}, bare"])
+                ratio = statistics.median(speeds[f"{transport}, ours"]) / statistics.median(
+                    speeds[f"{transport}, bare"]
+                )
                 rows.append((what, f"{transport}, ours over bare, {CLIENTS} clients", "ratio", ratio))
     return rows
 

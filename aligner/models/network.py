@@ -130,16 +130,15 @@ class Network:
 
     def _start_training(self, config: OptimizerConfig | None) -> None:
         """Gradient buffers, optimizer, schedule."""
-        self.ddp = self.chunks
+        self.ddp, self.optimizer = self.chunks, None
         if config is None:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
-            self.offload = Offload(self.chunks, None)
         else:
             self.ddp = [_buffered(chunk, self.parallel) for chunk in self.chunks]
             self.optimizer, self.scheduler = _optimizer(config, self.parallel, self.dtype, self.ddp)
             optimizer_state.start(self.optimizer)
-            self.offload = Offload(self.ddp, self.optimizer)
+        self.offload = Offload(self.ddp, self.optimizer)
 
     def _named(self, kind: str) -> Iterator[tuple[str, Tensor | nn.Module]]:
         """(name, parameter or module) of this rank's chunks, layers counted over the whole network."""
@@ -189,7 +188,6 @@ class Network:
         parts: sequence indices; those of two parts share no micro-batch, so that a part's numbers do not depend on what
             else is asked for. None packs all of them as tightly as it can.
         """
-        self.offload.weights_come_back()
         groups = self._micro_batches(rollout, parts)
 
         def loss(hidden: Tensor, layout: Layout, _micro):
@@ -207,7 +205,6 @@ class Network:
     @torch.no_grad()
     def measure(self, batch, statistics: Callable[[Tensor, Layout, object], dict[str, Tensor]]) -> Stats:
         """Forward only: sums over micro-batches and ranks of what `statistics(hidden, layout, micro_batch)` returns."""
-        self.offload.weights_come_back()
 
         def loss(hidden: Tensor, layout: Layout, micro):
             return hidden.new_zeros(()), statistics(hidden, layout, micro)
@@ -284,6 +281,7 @@ class Network:
 
             return model(micro.layout, micro.segments), on_hidden
 
+        self.offload.weights_come_back()
         many = len(self.ddp) > 1
         results = get_forward_backward_func()(
             forward_step_func=forward,

@@ -167,7 +167,7 @@ class CriticService:
         return [error or {"values_A": next(answers), **shared} for error in errors]
 
     def _train(self, request: TrainRequest) -> Arrays:
-        mask_N, columns_N = torch.from_numpy(request.action_mask_N), {}
+        mask_N, columns_N = torch.from_numpy(request.action_mask_N.copy()), {}
         for name in ("old_values", "returns", "weights"):
             columns_N[f"{name}_N"] = torch.zeros(len(mask_N))
             columns_N[f"{name}_N"][mask_N] = torch.from_numpy(getattr(request, f"{name}_A").copy())

@@ -60,17 +60,17 @@ class Remote:
         self._lock = threading.Lock()
         self._given_up = threading.Event()
 
-    def start(self, kind: str, tokenizer: str) -> ServiceStatus:
+    def start(self, kind: str, tokenizer: str | None) -> ServiceStatus:
         """Wait until all its servers are ready. Raises ValueError when one is not in time, or does not fit.
 
-        tokenizer: digest of the run's.
+        tokenizer: digest of the run's; None for who sends text.
         """
         status = None
         for server in self._servers:
             status = ServiceStatus.of(self.call(STATUS, {}, self.patience.start_s, among=[server]))
             if status.kind != kind:
                 raise ValueError(f"{self.address} serves a {status.kind}, expected a {self.what}.")
-            if status.tokenizer != tokenizer:
+            if tokenizer is not None and status.tokenizer != tokenizer:
                 raise ValueError(
                     f"the {self.what} at {self.address} has another tokenizer than the model, so it cannot read its "
                     "responses; serve one of the same family."
@@ -166,10 +166,10 @@ class RemoteReward:
         )
         self._status: ServiceStatus | None = None
 
-    def check(self, tokenizer: str) -> None:
+    def check(self, tokenizer: str | None = None) -> None:
         """Wait until it is ready. Raises ValueError when it is not in time, or does not fit.
 
-        tokenizer: digest of the run's.
+        tokenizer: digest of the run's; None for who sends text.
         """
         status = self._remote.start("reward", tokenizer)
         if status.attributes != len(self._weights_K):

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from aligner import serve
+from aligner.checkpoint.default_model import DEFAULT_MODEL
+from aligner.checkpoint.model_folder import model_folder
 from aligner.data.tokenizer import digest, load_tokenizer
 from aligner.serving import remote
 from aligner.serving.grpc_transport import Connection
@@ -79,8 +81,8 @@ def test_two_ranks_tell_many_callers_what_transformers_says_and_stop_together(fo
         assert max(pool.map(caller, range(CALLERS))) < 1e-5
     rows = [{"prompt": "w1 w2", "completion": "w3"}, {"text": "w3 w1"}]
     wide, narrow = RemoteReward(service.address, [1.0]), RemoteReward(service.address, [1.0], dtype="bfloat16")
-    for reward in (wide, narrow):
-        reward.check(tokenizer)
+    wide.check()
+    narrow.check(tokenizer)
     ids = AutoTokenizer.from_pretrained(folder / "reward" / "policy")("w1 w2 w3")["input_ids"]
     end = model.config.eos_token_id
     given = wide.score_rows(rows)
@@ -258,6 +260,24 @@ def test_answers_of_sixteen_bits(folder: Path, served, tmp_path):
     mine, theirs = metrics(asked)[-1], metrics(own)[-1]
     assert mine["values/mean"] != theirs["values/mean"]
     assert mine["values/mean"] == pytest.approx(theirs["values/mean"], rel=1e-2)
+
+
+def test_the_default_run_with_both_remote(served, tmp_path):
+    """SmolLM2 on IMDb, with all options as they are; the reward model is untrained."""
+    given = model_folder(DEFAULT_MODEL)
+    judge = AutoModelForSequenceClassification.from_pretrained(given, num_labels=1, num_hidden_layers=2)
+    judge.save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(given).save_pretrained(tmp_path / "judge")
+    shared = {"model": given, "threads": 0}
+    critic = served("critic", shared | {"output": tmp_path / "critic"})
+    reward = served("reward", {"model": tmp_path / "judge", "threads": 0})
+    options = {"critic.url": critic.address, "reward.url": reward.address, "steps": 1}
+    done = run("ppo", tmp_path / "run", options)
+    first, last = metrics(done)[0], metrics(done)[-1]
+    assert last["step"] == 1 and last["reward/std"] > 0 and last["loss/value"] > 0 and last["grad_norm/value"] > 0
+    assert first["eval/reward/mean"] != 0
+    assert critic.end() == [0] == reward.end()
+    assert [f.name for f in (tmp_path / "critic" / "checkpoints").iterdir()] == ["step-1"]
 
 
 def refusal(tmp_path: Path, command: dict, service: Service) -> str:
