@@ -96,6 +96,7 @@ class CriticService:
             **self._digests,
             attributes=1,
             request_tokens=self._limits.tokens,
+            request_bytes=self.request_bytes,
             context=self._limits.context,
             weights_version=self._version,
             **self._group.state(),

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
-from aligner.serving import grpc_transport
+from aligner.serving import grpc_transport, triton_transport
 from aligner.serving.access import read_bytes, read_secret
 from aligner.serving.grpc_transport import GrpcServer, Tls
 from aligner.serving.service import Service
@@ -69,6 +69,7 @@ class ServeConfig:
 
 def listen(c: ServeConfig, service: Service, where: dict) -> GrpcServer | TritonServer:
     if c.transport == "pytriton":
+        service.request_bytes = min(service.request_bytes, triton_transport.most_bytes())
         return TritonServer(service, service.endpoints, **where)
     return grpc_transport.serve(service, service.endpoints, request_bytes=service.request_bytes, **where)
 

@@ -273,6 +273,12 @@ class RemoteCritic:
             weights_version=version,
             **numbers,
         ).arrays()
+        size, most = sum(array.nbytes for array in request.values()), self._first.request_bytes
+        if size > most:
+            raise ValueError(
+                f"a training has {size} bytes, the critic at {self._remote.address} takes {most} in a request; "
+                "train on fewer or shorter responses, or serve it by gRPC or with more of /dev/shm."
+            )
         self._log.write(version, request)
         reply = self._ask(TRAIN, request, version)
         names = json.loads(reply["names"].item())

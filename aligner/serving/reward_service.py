@@ -55,6 +55,7 @@ class RewardService:
             **self._digests,
             attributes=self.model.attributes,
             request_tokens=self._limits.tokens,
+            request_bytes=self.request_bytes,
             context=self._limits.context,
             weights_version=0,
             **self._group.state(),

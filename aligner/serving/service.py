@@ -334,7 +334,7 @@ class ServiceStatus:
 
     kind: "reward" or "critic". model, tokenizer: digests; the tokenizer's is compared with the caller's.
     vocabulary: token ids. attributes: numbers a response.
-    request_tokens, context: tokens that a request, and a sequence, may have.
+    request_tokens, context: tokens that a request, and a sequence, may have. request_bytes: of its frame.
     weights_version: of the weights that answer. queue: requests that wait. beat_age_s: seconds since all ranks met.
     draining: it takes no more requests.
     run_id: of the run that trains it; empty before its first training. checkpoints: versions that it could go on from,
@@ -347,6 +347,7 @@ class ServiceStatus:
     vocabulary: int
     attributes: int
     request_tokens: int
+    request_bytes: int
     context: int
     weights_version: int
     queue: int

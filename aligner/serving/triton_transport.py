@@ -6,6 +6,7 @@ the process of another program: what it does not check, such as who may see its 
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,6 +47,8 @@ GUARD = 'read _; kill -9 $0; rm -rf "$1" /dev/shm/pytrtion$2-*'
 EMPTY = {"name": "frame", "shape": [1, 1], "datatype": "BYTES", "data": [""]}
 PROBE = json.dumps({"parameters": {PROBED: 1}, "inputs": [EMPTY]}).encode()
 PROBE_S = 10.0
+SHARED, LEAST_SHARED = "/dev/shm", 64 << 20
+LARGEST = (1 << 31) - (1 << 20)  # of a message of Triton's gRPC, with room for what is around the frame
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 TOGETHER = 64  # requests of an endpoint that Triton hands over at once
 
@@ -154,6 +157,21 @@ def _check_port(host: str, port: int) -> None:
             f"PyTriton cannot listen on {host}:{port} ({error.strerror}); the port is in use, or the address is not "
             "this machine's."
         ) from None
+
+
+def most_bytes() -> int:
+    """Of a request that fits into shared memory.
+
+    Triton hands it on there, keeps twice as much, rounded up to a power of two, and so for the reply; where it is full
+    Triton's processes die. Raises ValueError when there is hardly any.
+    """
+    free = shutil.disk_usage(SHARED).free
+    if free < LEAST_SHARED:
+        raise ValueError(
+            f"{SHARED} has {free >> 20} MiB left, PyTriton needs {LEAST_SHARED >> 20} MiB and eight times the largest "
+            "request; give the machine more (docker run --shm-size 8g), or serve with --serve.transport grpc."
+        )
+    return min(free // 8, LARGEST)
 
 
 def _tls_files(tls: Tls, folder: Path) -> dict:

@@ -7,6 +7,7 @@ import subprocess
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from aligner.data.tokenizer import digest, load_tokenizer
 from aligner.serving import remote
 from aligner.serving.grpc_transport import Connection
 from aligner.serving.remote import Patience, RemoteReward
+from aligner.serving.remote_critic import RemoteCritic
 from aligner.serving.service import REWARD, STATUS, Sequences, ServiceError, ServiceStatus
 from tests.programs import every
 from tests.programs.runs import metrics, run, samples
@@ -245,13 +247,18 @@ def test_critic_and_reward_model_in_the_same_processes(folder: Path, served, tmp
     assert [f.name for f in (tmp_path / "critic" / "checkpoints").iterdir()] == ["step-3"]
 
 
-def test_answers_of_sixteen_bits(folder: Path, served, tmp_path):
+def test_answers_of_sixteen_bits_and_a_training_that_is_too_large(folder: Path, served, tmp_path, monkeypatch):
     command, _ = ppo(folder)
     command |= {"steps": 2, "eval-every": 0}
     own = run("ppo", tmp_path / "own", command | {"reward.model": folder / "reward"})
     reward = served("reward", rounding(command))
     critic = served("critic", critic_options(command, tmp_path / "critic"))
     addresses = {"reward.url": reward.address, "critic.url": critic.address}
+    whole = RemoteCritic._begin
+    with monkeypatch.context() as patched:
+        patched.setattr(RemoteCritic, "_begin", lambda *given: replace(whole(*given), request_bytes=100))
+        said = refusal(tmp_path / "large", command | addresses, critic)
+    assert "a training has " in said and "takes 100 in a request; train on fewer" in said
     shorter = {"reward.answer-dtype": "bfloat16", "critic.answer-dtype": "bfloat16"}
     asked = run("ppo", tmp_path / "asked", command | addresses | shorter)
     given = [torch.tensor([row["reward"] for row in samples(done)]) for done in (own, asked)]

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from aligner.serving import grpc_transport
+from aligner.serving import grpc_transport, triton_transport
 from aligner.serving.access import AccessConfig
 from aligner.serving.grpc_transport import Connection, Tls, from_frame, to_frame
 from aligner.serving.metrics import ServiceMetrics
@@ -47,6 +48,7 @@ STATE = ServiceStatus(
     vocabulary=100,
     attributes=2,
     request_tokens=12,
+    request_bytes=1 << 20,
     context=6,
     weights_version=0,
     queue=0,
@@ -419,6 +421,16 @@ def test_triton_keeps_the_secret_and_what_it_is_not_asked_for_to_itself(triton):
         with pytest.raises(grpc.RpcError, match="restricted"):
             call(asked, timeout=5)
     channel.close()
+
+
+def test_triton_needs_shared_memory(monkeypatch):
+    """As much as docker gives is little."""
+    for free, wanted in ((64 << 20, 8 << 20), (1 << 50, (1 << 31) - (1 << 20))):
+        monkeypatch.setattr(triton_transport.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert triton_transport.most_bytes() == wanted
+    monkeypatch.setattr(triton_transport.shutil, "disk_usage", lambda _: SimpleNamespace(free=5 << 20))
+    with pytest.raises(ValueError, match="/dev/shm has 5 MiB left, PyTriton needs 64 MiB"):
+        triton_transport.most_bytes()
 
 
 @pytest.mark.slow
