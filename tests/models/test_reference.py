@@ -144,7 +144,7 @@ def test_a_policy_without_a_reference_says_so(folder: Path):
 def test_a_policy_that_is_not_trained_answers_like_transformers(folder: Path, rank: int, reference: bool):
     policy = make(folder, rank, trained=False, reference=reference, temperature=1.4)
     assert not any(p.requires_grad for p in policy.network.parameters.values())
-    assert not policy.network.adapters and not hasattr(policy.network, "optimizer")
+    assert not policy.network.adapters and policy.network.optimizer is None
     wanted = by_transformers(folder, ROLLOUT, 1.4)
     assert torch.allclose(policy.infer(ROLLOUT)[0].double(), wanted, atol=2e-5)
     plain = policy.infer(ROLLOUT, temperature=1.0)[0]

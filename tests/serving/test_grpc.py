@@ -492,6 +492,9 @@ def test_triton_s_probe_tells_a_dead_model_process(monkeypatch):
         assert server.alive()
         (stub, *_) = (p for p in psutil.Process().children(recursive=True) if "python_backend_stub" in p.name())
         stub.kill()
+        end = time.monotonic() + 10
+        while server.alive() and time.monotonic() < end:
+            time.sleep(0.1)
         assert not server.alive()
         for endpoint in (REWARD, STATUS):
             with suppress(ServiceError):
