@@ -15,7 +15,7 @@ import torch
 from harness import COLUMNS, RESULTS, commit, machine
 
 from aligner.checkpoint.default_model import default_model
-from aligner.models.lora import LowRank
+from aligner.models.low_rank import LowRank
 from aligner.models.shape import ModelShape
 from aligner.models.weights import manifest, megatron_entry
 from aligner.refit.plan import compile_plan

@@ -7,9 +7,7 @@ Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
 
 import math
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -23,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from aligner.models.linear import linear
-from aligner.models.weights import window
+from aligner.models.low_rank import LowRank
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
@@ -44,23 +42,6 @@ class LoRAConfig:
         unknown = sorted(set(self.targets) - set(LINEARS))
         if unknown or not self.targets:
             raise ValueError(f"lora.targets has {unknown or 'nothing'}, expected names out of {', '.join(LINEARS)}.")
-
-
-class LowRank(NamedTuple):
-    """A weight under its adapter, not computed yet: base + scale * b @ a."""
-
-    base: Tensor
-    b: Tensor
-    a: Tensor
-    scale: float
-
-    def window(self, at: Sequence[int], size: Sequence[int]) -> "LowRank":
-        """The box of `size` at `at`, as views."""
-        b, a = self.b.narrow(0, at[0], size[0]), self.a.narrow(1, at[1], size[1])
-        return LowRank(window(self.base, at, size), b, a, self.scale)
-
-    def merged(self, out: Tensor | None = None) -> Tensor:
-        return torch.addmm(self.base, self.b, self.a, alpha=self.scale, out=out)
 
 
 class LoRA(nn.Module):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from aligner import ops
 from aligner.models.linear import linear
-from aligner.models.lora import LoRAConfig, LowRank
+from aligner.models.lora import LoRAConfig
+from aligner.models.low_rank import LowRank
 from aligner.models.microbatch import Layout
 from aligner.models.network import Network, OptimizerConfig, Stats
 from aligner.models.shape import ModelShape

@@ -135,7 +135,7 @@ class Reader(Protocol):
 
 
 class Adapted(Protocol):
-    """A weight that is computed when it is asked for: lora.LowRank."""
+    """A weight that is computed when it is asked for: low_rank.LowRank."""
 
     def merged(self) -> Tensor: ...
 

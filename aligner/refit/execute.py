@@ -1,5 +1,6 @@
 """What a plan does: check both sides, write, read back."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aligner import ops
-from aligner.models.lora import LowRank
+from aligner.models.low_rank import LowRank
 
 TILE = 1 << 19  # elements of a merged tile, 2 MiB: it stays in the cache between the product and the copy
 
@@ -103,6 +104,12 @@ def _write_merged(weight: LowRank, boxes: list[list[int]], destinations: Sequenc
             sums = ops.refit_copy([merged], [destinations[i] for i in into], checksum=True, boxes=local)
             written.append(Written(table, sums))
     return written
+
+
+@torch.no_grad()
+def digest(tensors: Sequence[Tensor]) -> str:
+    """SHA-256 of the checksums of tensors as they lie in memory; nothing is written."""
+    return hashlib.sha256(str(ops.refit_copy(tensors, tensors, checksum=True).tolist()).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from aligner.models.boxes import box_of, cover, move, size_of, volume, without, words
-from aligner.models.lora import LowRank
+from aligner.models.low_rank import LowRank
 from aligner.refit import execute
 
 

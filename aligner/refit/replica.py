@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from aligner.models.lora import LowRank
+from aligner.models.low_rank import LowRank
 from aligner.models.weights import join
 from aligner.refit.plan import Plan, Source, compile_plan
 from aligner.refit.shared import SharedSource, SharedWeights

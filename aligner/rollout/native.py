@@ -17,6 +17,7 @@ from aligner._engine import Engine
 from aligner.checkpoint.huggingface import Weights
 from aligner.data.batch import Rollout
 from aligner.data.tokenizer import load_tokenizer, token_bytes
+from aligner.models.refitted import Refitted
 from aligner.models.shape import ModelShape
 from aligner.models.weights import entry, fill, manifest
 from aligner.rollout.sampling import Response, Sampling, pack_responses
@@ -51,8 +52,7 @@ class NativeSampler:
         if dtype not in DTYPES:
             raise ValueError(f"sampler dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         self.shape, self.max_batch, self.tokenizer = shape, max_batch, tokenizer
-        self.weights_version = -1  # none yet
-        self.refusal = ""  # why the weights cannot be sampled from; empty when they can
+        self._state = Refitted()
         sizes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         entries: list[dict] = []
         for name, parts in _layout(shape).items():
@@ -83,8 +83,17 @@ class NativeSampler:
         destination = sampler._destination()
         fill(sampler._manifest["tensors"], destination, Weights(folder, shape.tensors()))
         sampler._quantise(destination)
-        sampler.weights_version = 0
+        sampler._state.version = 0
         return sampler
+
+    @property
+    def weights_version(self) -> int:
+        return self._state.version
+
+    @property
+    def refusal(self) -> str:
+        """Why the weights cannot be sampled from; empty when they can."""
+        return self._state.refusal
 
     def manifest(self) -> dict:
         """Where each parameter stands in the Hugging Face checkpoint (see models.weights)."""
@@ -115,21 +124,7 @@ class NativeSampler:
             raise RuntimeError(
                 f"sampler: {self.engine.num_live} responses are unfinished; exhaust or close their stream, then refit."
             )
-        if version <= self.weights_version:
-            raise ValueError(
-                f"sampler: refit to version {version}, but the weights are of version {self.weights_version} already; "
-                "versions go up."
-            )
-        destination = self._destination()
-        plan.preflight(source, self._manifest, destination)
-        self.refusal = f"the refit to version {version} was interrupted"
-        try:
-            plan.execute(source, destination)
-            self._quantise(destination)
-        except Exception as error:
-            self.refusal = f"the refit to version {version} failed after its first write ({error})"
-            raise
-        self.weights_version, self.refusal = version, ""
+        self._state.refit(plan, source, version, self._manifest, self._destination, finish=self._quantise)
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, n: int = 1) -> Rollout:
         """n responses to each prompt (token ids), as one packed Rollout ordered by prompt, then sample."""
@@ -180,8 +175,7 @@ class NativeSampler:
         self.engine.set_token_texts(texts + [b""] * (self.shape.vocab - len(texts)))  # ids that pad the vocabulary
 
     def _check(self, prompts: list[list[int]], sampling: Sampling, n: int) -> None:
-        if self.refusal:
-            raise RuntimeError(f"sampler: the weights are a mixture, because {self.refusal}; refit all of them again.")
+        self._state.check()
         if n < 1:
             raise ValueError(f"n is {n}, expected 1 or more samples a prompt.")
         if sampling.stop_strings and not self.engine.has_token_texts:

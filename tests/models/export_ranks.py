@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aligner.checkpoint import huggingface
 from aligner.checkpoint.huggingface import Weights, write
-from aligner.models.lora import LowRank
+from aligner.models.low_rank import LowRank
 from aligner.models.rope import Rope
 from aligner.models.shape import ModelShape
 from aligner.models.weights import export, fill, megatron_entry

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aligner.models.lora import LowRank
+from aligner.models.low_rank import LowRank
 from aligner.models.weights import entry, manifest
 from aligner.refit.plan import compile_plan
 from aligner.rollout.native import DTYPES, NativeSampler
@@ -157,7 +157,7 @@ def test_adapters_are_merged_tile_by_tile(dtype: str):
 
 MEASURE = """
 import pathlib, torch
-from aligner.models.lora import LowRank
+from aligner.models.low_rank import LowRank
 from aligner.models.weights import entry, manifest
 from aligner.refit.plan import compile_plan
 torch.set_num_threads(2)
