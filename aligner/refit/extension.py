@@ -51,8 +51,12 @@ class RefitExtension:
             "reloaded": found.reloaded,
         }
 
-    def refit_ready(self, version: int, plan: str, *, again: bool = False) -> dict:
-        """All that can be known before requests are stopped. Raises ValueError; nothing was changed then."""
+    def refit_ready(self, version: int, plans: list[str], *, again: bool = False) -> dict:
+        """All that can be known before requests are stopped. Raises ValueError; nothing was changed then.
+
+        plans: the digests that the ranks gave in refit_attach().
+        """
+        plan = plans[self._refit_rank]
         if plan != self._refit_plan.digest:
             raise ValueError(f"refit: asked for the plan {plan[:12]}, this rank has {self._refit_plan.digest[:12]}.")
         if not self._refit_awake:
@@ -66,13 +70,13 @@ class RefitExtension:
         self._refit_source.wait(version)
         return self.refit_tell()
 
-    def refit(self, version: int, plan: str, *, deadline: float, again: bool = False) -> dict:
+    def refit(self, version: int, plans: list[str], *, deadline: float, again: bool = False) -> dict:
         """Stop between requests, copy, read back, forget cached prefixes. Returns as of refit_tell(), and `bytes`.
 
         deadline: by time.time(); requests that have not ended by then make it raise TimeoutError with nothing changed.
         again: repeat a version that not all ranks have.
         """
-        self.refit_ready(version, plan, again=again)
+        self.refit_ready(version, plans, again=again)
         state, began = self._refit_state, time.time()
         if again:
             state.version = min(state.version, version - 1)

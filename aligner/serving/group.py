@@ -1,9 +1,9 @@
 """Requests of many callers, worked on by a group of ranks: one thread of each runs all collectives."""
 
-import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from aligner.serving.metrics import ServiceMetrics
 from aligner.serving.service import Arrays, Code, ServiceError
 
 BEAT_S = 1.0  # an idle group meets that often: no process group times out, and a wish to stop reaches all ranks
+TURN_S = 30.0  # a network that takes turns with others goes on for so long while others wait
 Answer = Callable[[list], list[Arrays | ServiceError]]  # a reply or an error for each request
 
 
@@ -41,9 +42,9 @@ class Group:
 
     def __init__(self, tokens: int, queue_size: int):
         self.metrics = ServiceMetrics()
-        self._tokens = tokens
-        self._waiting: queue.Queue[Work] = queue.Queue(queue_size)
-        self._next: Work | None = None  # did not fit into the batch before
+        self._tokens, self._most = tokens, queue_size
+        self._waiting: dict[Network | None, deque[Work]] = {None: deque()}  # by who takes turns; the others by None
+        self._changed = threading.Condition()
         self._beat = time.monotonic()
         self._draining = threading.Event()
         self._answers: dict[str, Answer] = {}
@@ -58,6 +59,7 @@ class Group:
         """Let the weights of all networks but one wait in host memory: that of the endpoint which is worked on."""
         self._networks = networks
         for network in set(networks.values()):
+            self._waiting[network] = deque()
             network.offload.leave(weights=True)
 
     def make_room(self, endpoint: str) -> None:
@@ -74,28 +76,30 @@ class Group:
 
     def submit(self, endpoint: str, request, tokens: int, *, changes: bool = False) -> Future:
         """The future reply. Raises ServiceError when nothing more is taken."""
-        if self._draining.is_set():
-            raise ServiceError(Code.UNAVAILABLE, "the service is about to stop.")
-        future: Future = Future()
-        try:
-            self._waiting.put_nowait(
-                Work(
-                    endpoint=endpoint,
-                    request=request,
-                    tokens=tokens,
-                    changes=changes,
-                    future=future,
-                    came=time.monotonic(),
-                )
-            )
-        except queue.Full:
-            raise ServiceError(Code.BUSY, f"{self._waiting.maxsize} requests wait already.") from None
-        return future
+        work = Work(
+            endpoint=endpoint,
+            request=request,
+            tokens=tokens,
+            changes=changes,
+            future=Future(),
+            came=time.monotonic(),
+        )
+        with self._changed:
+            if self._draining.is_set():
+                raise ServiceError(Code.UNAVAILABLE, "the service is about to stop.")
+            if self._num_waiting() >= self._most:
+                raise ServiceError(Code.BUSY, f"{self._most} requests wait already.")
+            self._waiting[self._networks.get(endpoint)].append(work)
+            self._changed.notify()
+        return work.future
 
     def state(self) -> dict:
         """What ServiceStatus says of it."""
         beat_age_s = time.monotonic() - self._beat
-        return {"queue": self._waiting.qsize(), "beat_age_s": beat_age_s, "draining": self._draining.is_set()}
+        return {"queue": self._num_waiting(), "beat_age_s": beat_age_s, "draining": self._draining.is_set()}
+
+    def _num_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
 
     def run(self, stop: threading.Event) -> None:
         """Works until `stop` is set on any rank and nothing waits; the only code that runs collectives."""
@@ -108,7 +112,8 @@ class Group:
             if batch is not None:
                 self._answer(work, *batch)
             if any(gather(stop.is_set)):
-                self._draining.set()
+                with self._changed:  # whoever was taken before is answered
+                    self._draining.set()
             self._beat = time.monotonic()
 
     def _answer(self, work: list[Work], endpoint: str, requests: list, changes: bool) -> None:
@@ -139,25 +144,34 @@ class Group:
     def _take(self) -> list[Work]:
         """Waiting requests of one endpoint, about as many tokens; the first that comes within a beat, else none."""
         taken, tokens = [], 0
-        while True:
-            try:
-                wait = not taken and not self._draining.is_set()
-                work = self._next or self._waiting.get(block=wait, timeout=BEAT_S)
-            except queue.Empty:
-                return taken
-            self._next = None
-            full = taken and (
-                tokens + work.tokens > self._tokens
-                or work.endpoint != taken[0].endpoint
-                or work.changes
-                or taken[0].changes
-            )
-            if full:
-                self._next = work
-                return taken
-            if work.future.set_running_or_notify_cancel():  # else its caller has gone
-                taken.append(work)
-                tokens += work.tokens
+        with self._changed:
+            if not self._num_waiting() and not self._draining.is_set():
+                self._changed.wait(BEAT_S)
+            waiting = self._whose_turn()
+            while waiting:
+                work = waiting[0]
+                full = taken and (
+                    tokens + work.tokens > self._tokens
+                    or work.endpoint != taken[0].endpoint
+                    or work.changes
+                    or taken[0].changes
+                )
+                if full:
+                    break
+                waiting.popleft()
+                if work.future.set_running_or_notify_cancel():  # else its caller has gone
+                    taken.append(work)
+                    tokens += work.tokens
+        return taken
+
+    def _whose_turn(self) -> deque[Work]:
+        """Of the network that is present as long as it has requests, since changing takes long, and nobody waits too
+        long for it; else of whoever has waited longest."""
+        held = [waiting for waiting in self._waiting.values() if waiting]
+        mine = self._waiting.get(self._present, deque())
+        longest = min(held, key=lambda waiting: waiting[0].came, default=mine)
+        patient = not longest or time.monotonic() - longest[0].came < TURN_S
+        return mine if mine and patient else longest
 
 
 def _harmless(error: Exception) -> bool:

@@ -82,8 +82,8 @@ def attach(engine: Engine, trainer: Trainer) -> str:
 
 def refit(engine: Engine, version: int, plans: list[str], **named) -> list[dict]:
     waiting = [
-        engine.pool.submit(worker.refit, version, plan, deadline=time.time() + SOON, **named)
-        for worker, plan in zip(engine.workers, plans, strict=True)
+        engine.pool.submit(worker.refit, version, plans, deadline=time.time() + SOON, **named)
+        for worker in engine.workers
     ]
     return [f.result(SOON) for f in waiting]
 
@@ -223,7 +223,7 @@ def test_weights_that_have_moved(pair):
     engine.workers[1]._refit_found.parameters["model.layers.0.mlp.down_proj.weight"].set_(moved)
     trainer.publish(after(1), 1)
     with pytest.raises(ValueError, match="lie elsewhere than when the plan was compiled"):
-        engine.workers[1].refit_ready(1, plans[1])
+        engine.workers[1].refit_ready(1, plans)
     assert torch.equal(kept, moved) and is_at(engine, 0)
 
 
@@ -232,7 +232,7 @@ def test_an_engine_that_sleeps(pair):
     engine.workers[0]._refit_awake = False
     trainer.publish(after(1), 1)
     with pytest.raises(ValueError, match="the engine sleeps"):
-        engine.workers[0].refit_ready(1, plans[0])
+        engine.workers[0].refit_ready(1, plans)
 
 
 def test_requests_that_do_not_end(pair):
@@ -241,15 +241,12 @@ def test_requests_that_do_not_end(pair):
     trainer.publish(after(1), 1)
     busy = engine.executor.request()
     busy.__enter__()
-    waiting = [
-        engine.pool.submit(worker.refit, 1, plan, deadline=time.time() + 0.3)
-        for worker, plan in zip(engine.workers, plans, strict=True)
-    ]
+    waiting = [engine.pool.submit(worker.refit, 1, plans, deadline=time.time() + 0.3) for worker in engine.workers]
     time.sleep(0.5)
     assert not any(f.done() for f in waiting)
     assert [w.refit_tell()["state"] for w in engine.workers] == ["quiesced"] * 2
     with pytest.raises(RuntimeError, match="another one is quiesced"):  # a second refit meanwhile
-        engine.workers[0].refit(1, plans[0], deadline=time.time())
+        engine.workers[0].refit(1, plans, deadline=time.time())
     busy.__exit__(None, None, None)
     for future in waiting:
         with pytest.raises(TimeoutError, match="requests did not end in time"):
@@ -263,10 +260,10 @@ def test_a_rank_that_is_not_told(pair):
     """The others wait in the control action; nothing is written until it comes."""
     engine, trainer, plans = pair
     trainer.publish(after(1), 1)
-    first = engine.pool.submit(engine.workers[0].refit, 1, plans[0], deadline=time.time() + SOON)
+    first = engine.pool.submit(engine.workers[0].refit, 1, plans, deadline=time.time() + SOON)
     time.sleep(0.3)
     assert not first.done() and is_at(engine, 0)
-    second = engine.pool.submit(engine.workers[1].refit, 1, plans[1], deadline=time.time() + SOON)
+    second = engine.pool.submit(engine.workers[1].refit, 1, plans, deadline=time.time() + SOON)
     assert [f.result(SOON)["version"] for f in (first, second)] == [1, 1] and is_at(engine, 1)
 
 
