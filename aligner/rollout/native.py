@@ -3,13 +3,11 @@
 Weights lie in the engine's own fused layout ([q|k|v], [gate|up]) and are overwritten in place by a refit plan.
 """
 
-import hashlib
 import math
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ from aligner.data.tokenizer import load_tokenizer, token_bytes
 from aligner.models.refitted import Refitted
 from aligner.models.shape import ModelShape
 from aligner.models.weights import entry, fill, manifest
-from aligner.rollout.sampling import Response, Sampling, pack_responses
+from aligner.rollout.sampling import Response, Sampling, pack_responses, stream_key
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}  # of what is not quantised
 HUGE_PAGE, LINE = 1 << 21, 64  # bytes
@@ -140,7 +138,7 @@ class NativeSampler:
         ids: set[int] = set()
         try:
             for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):  # long ones first: they end last
-                keys = [_stream_key(sampling.seed, j, prompts[i]) for j in range(n)]
+                keys = [stream_key(sampling.seed, j, prompts[i]) for j in range(n)]
                 for j, number in enumerate(self.engine.add(prompts[i], keys, sampling)):
                     self._owners[number] = (i, j, mine)
                     ids.add(number)
@@ -188,12 +186,6 @@ class NativeSampler:
                     f"prompt {i} has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}, together over the "
                     f"model's context of {self.shape.context}; shorten the prompt or lower max_tokens."
                 )
-
-
-def _stream_key(seed: int, sample: int, prompt: list[int]) -> int:
-    """The key of a sequence's random stream: a response depends on nothing else that is in the batch."""
-    words = np.asarray([seed, sample, *prompt], dtype=np.int64)
-    return int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "little")
 
 
 def _zeros(sizes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:

@@ -1,8 +1,11 @@
 """What every sampler takes and gives."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import numpy as np
 
 from aligner.data.batch import Rollout, pack_rollout
 
@@ -107,6 +110,12 @@ class Response:
     logprobs: list[float]
     sampling_logprobs: list[float]
     finished: bool
+
+
+def stream_key(seed: int, sample: int, prompt: list[int]) -> int:
+    """The key of a sequence's random stream, 64 bits: a response depends on nothing else that is in the batch."""
+    words = np.asarray([seed, sample, *prompt], dtype=np.int64)
+    return int.from_bytes(hashlib.blake2b(words.tobytes(), digest_size=8).digest(), "little")
 
 
 def pack_responses(prompts: list[list[int]], responses: list[Response], weights_version: int) -> Rollout:

@@ -124,10 +124,12 @@ class Executor:
     def request(self):
         with self.changed:
             self.active += 1
-        yield
-        with self.changed:
-            self.active -= 1
-            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.active -= 1
+                self.changed.notify_all()
 
     @contextmanager
     def control_action(self):

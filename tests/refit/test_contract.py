@@ -212,3 +212,24 @@ def test_the_engine_s_side_needs_no_megatron():
     )
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_upstream_import_is_pinned(version: str):
+    """And nothing but rollout.trtllm imports upstream at all."""
+    modules, seen = facts(version)["modules"], []
+    for path in [*ROOT.glob("aligner/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("tensorrt_llm") for alias in node.names), path
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tensorrt_llm"):
+                assert path.name == "trtllm.py"
+                for alias in node.names:
+                    seen.append(alias.name)
+                    whole = f"{node.module}.{alias.name}"
+                    assert whole in modules or alias.name in modules[node.module]["names"], whole
+    assert {"AsyncLLM", "SamplingParams", "llm_args"} == set(seen)
+    arguments = modules["tensorrt_llm.llmapi.llm_args"]["names"]
+    always = {"CapacitySchedulerPolicy", "CudaGraphConfig", "KvCacheConfig", "SchedulerConfig", "TorchLlmArgs"}
+    assert always <= arguments.keys()
+    assert "SleepConfig" in arguments or "enable_sleep" in arguments["TorchLlmArgs"]["fields"]
