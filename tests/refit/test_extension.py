@@ -3,6 +3,7 @@
 import threading
 import time
 import uuid
+from concurrent.futures import wait
 from dataclasses import asdict
 
 import hypothesis
@@ -85,7 +86,8 @@ def refit(engine: Engine, version: int, plans: list[str], **named) -> list[dict]
         engine.pool.submit(worker.refit, version, plans, deadline=time.time() + SOON, **named)
         for worker in engine.workers
     ]
-    return [f.result(SOON) for f in waiting]
+    wait(waiting, SOON)  # for all of them, also where one has failed
+    return [f.result(0) for f in waiting]
 
 
 def stored(engine: Engine) -> list[dict]:
