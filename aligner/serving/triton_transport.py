@@ -101,6 +101,7 @@ class TritonServer:
         for endpoint in endpoints:
             model = ModelConfig(batching=True, max_batch_size=TOGETHER, batcher=batcher)
             self._triton.bind(endpoint, _answers(service, endpoint, token), [frame], [frame], config=model, strict=True)
+        before = set(_servers())  # in front of other services of this process
         try:
             self._triton.run()
         except Exception as error:  # its own kinds, for a port in use as for anything else
@@ -108,11 +109,11 @@ class TritonServer:
             raise ValueError(
                 f"Triton did not start on {host}:{self.port} ({type(error).__name__}: {error}); its log says why."
             ) from None
-        servers = [child for child in psutil.Process().children() if child.name() == "tritonserver"]
-        self._processes = servers + [stub for server in servers for stub in server.children()]  # one of each endpoint
+        (server,) = set(_servers()) - before
+        self._processes = [server, *server.children()]  # of each endpoint one
         # Without us Triton would hold port and callers as long as its own processes do.
         self._guard = subprocess.Popen(
-            ["/bin/sh", "-c", GUARD, str(servers[0].pid), self._folder.name, str(os.getpid())], stdin=subprocess.PIPE
+            ["/bin/sh", "-c", GUARD, str(server.pid), self._folder.name, str(os.getpid())], stdin=subprocess.PIPE
         )
 
     def alive(self) -> bool:
@@ -157,6 +158,10 @@ def _check_port(host: str, port: int) -> None:
             f"PyTriton cannot listen on {host}:{port} ({error.strerror}); the port is in use, or the address is not "
             "this machine's."
         ) from None
+
+
+def _servers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.name() == "tritonserver"]
 
 
 def most_bytes() -> int:

@@ -231,15 +231,21 @@ def test_critic_and_reward_model_on_layouts_of_their_own(folder: Path, served, t
     assert all((tensor - mine[name]).abs().max() < 1e-6 for name, tensor in theirs.items())
 
 
-@pytest.mark.parametrize("swap", [False, True])
-def test_critic_and_reward_model_in_the_same_processes(folder: Path, served, tmp_path, swap: bool):
+@pytest.mark.parametrize(("swap", "transport"), [(False, "grpc"), (True, "pytriton")])
+def test_critic_and_reward_model_in_the_same_processes(folder: Path, served, tmp_path, swap: bool, transport: str):
     command, function = ppo(folder)
     command |= function | {"reward.weights": (0.5, 2.0)}
     own = run("ppo", tmp_path / "own", command | {"reward.model": folder / "reward"})
     port = free_port()
     options = critic_options(command, tmp_path / "critic") | {"reward-model": folder / "reward", "reward-port": port}
-    both = served("both", options | {"serve.metrics-port": 0} | ({"swap": True} if swap else {}))
-    asked = run("ppo", tmp_path / "asked", command | {"critic.url": both.address, "reward.url": f"127.0.0.1:{port}"})
+    both = served(
+        "both", options | {"serve.metrics-port": 0, "serve.transport": transport} | ({"swap": True} if swap else {})
+    )
+    asked = run(
+        "ppo",
+        tmp_path / "asked",
+        command | {"critic.url": both.address, "reward.url": f"{both.prefix}127.0.0.1:{port}"},
+    )
     assert metrics(asked) == metrics(own) and samples(asked) == samples(own)
     (turns,) = (line for line in scraped(both).splitlines() if line.startswith("aligner_swap_seconds_count"))
     assert float(turns.split()[1]) >= (6 if swap else 0) and (swap or turns.endswith(" 0.0"))
