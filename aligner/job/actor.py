@@ -26,13 +26,11 @@ from aligner.models.shape import ModelShape
 from aligner.refit.replica import Replica
 from aligner.rollout.conversation import Dialogue, load_environment
 from aligner.rollout.native import NativeSampler
-from aligner.rollout.scoring import Scored, sample_and_score
+from aligner.rollout.scoring import Scored, Values, sample_and_score
 from aligner.rollout.transcript import Transcript
 from aligner.run import distributed
 from aligner.run.distributed import agree
-from aligner.serving.local import LocalCritic
 from aligner.serving.remote import RemoteReward
-from aligner.serving.remote_critic import RemoteCritic
 from aligner.serving.reward import RewardConfig, load_reward
 from aligner.serving.rewards import Rewards
 
@@ -118,13 +116,13 @@ class Actor:
         """Of the batch with this number, 0-based."""
         return self.train.batch(batch, self.config.batch.sequences // self.config.batch.samples_per_prompt)
 
-    def sample(self, prompts: list[Prompt], seed: int, critic: LocalCritic | RemoteCritic | None = None) -> Scored:
+    def sample(self, prompts: list[Prompt], seed: int, critic: Values | None = None) -> Scored:
         """config.batch.samples_per_prompt responses to each prompt; rewards and a critic's values are on their way."""
         for network in self._offloaded:
             network.offload.leave()
         return self.answer(prompts, self.config.batch.samples_per_prompt, seed, critic)
 
-    def answer(self, prompts: list[Prompt], n: int, seed: int, critic: LocalCritic | RemoteCritic | None = None):
+    def answer(self, prompts: list[Prompt], n: int, seed: int, critic: Values | None = None) -> Scored:
         """n responses to each prompt; rewards, and values of a critic, are on their way."""
         sampling = self.config.sampling.sampling(seed, self.transcript.stop)
         shared = (self.transcript, self.rewards, self._dialogue, critic, self.config.batch.tokens_per_micro_batch)

@@ -38,6 +38,14 @@ class Refitted:
         if self.refusal:
             raise RuntimeError(f"sampler: the weights are a mixture, because {self.refusal}; refit all of them again.")
 
+    def expect_newer(self, version: int) -> None:
+        """Raise ValueError for a version that the weights have, or have passed."""
+        if version <= self.version:
+            raise ValueError(
+                f"sampler: refit to version {version}, but the weights are of version {self.version} already; "
+                "versions go up."
+            )
+
     def refit(
         self,
         plan,
@@ -60,11 +68,7 @@ class Refitted:
             raise RuntimeError(f"refit: another one is {self.state.value}; wait for it.")
         before = self.state
         try:
-            if version <= self.version:
-                raise ValueError(
-                    f"sampler: refit to version {version}, but the weights are of version {self.version} already; "
-                    "versions go up."
-                )
+            self.expect_newer(version)
             self.state = State.QUIESCED
             with quiet or nullcontext():
                 self.state = State.PREFLIGHT

@@ -1,6 +1,5 @@
 """What a plan does: check both sides, write, read back."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -104,12 +103,6 @@ def _write_merged(weight: LowRank, boxes: list[list[int]], destinations: Sequenc
             sums = ops.refit_copy([merged], [destinations[i] for i in into], checksum=True, boxes=local)
             written.append(Written(table, sums))
     return written
-
-
-@torch.no_grad()
-def digest(tensors: Sequence[Tensor]) -> str:
-    """SHA-256 of the checksums of tensors as they lie in memory; nothing is written."""
-    return hashlib.sha256(str(ops.refit_copy(tensors, tensors, checksum=True).tolist()).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -16,14 +16,13 @@ from aligner.models.refitted import Refitted
 from aligner.models.rope import Rope
 from aligner.models.shape import ModelShape
 from aligner.models.weights import entry, manifest
-from aligner.refit import execute
 from aligner.refit.plan import Plan, compile_plan
 from aligner.refit.shared import SharedSource
 from aligner.refit.trtllm_layout import Survey, survey
 
 
 class RefitExtension:
-    """Methods of a worker, one a tensor rank. All ranks are called; each answers for itself and never raises beyond it.
+    """Methods of a worker, one a tensor rank. All ranks are called, and each answers for itself.
 
     Names begin with refit_ lest they clash with the worker's own.
     """
@@ -40,7 +39,7 @@ class RefitExtension:
         self._refit_found, self._refit_source = found, SharedSource(names, timeout_s)
         self._refit_plan: Plan = compile_plan(self._refit_source.manifest(), found.manifest)
         self._refit_bindings = _bindings(found)
-        self._refit_state, self._refit_awake = Refitted(), True
+        self._refit_state = Refitted()
         self._refit_staged = self._refit_staging(found.reloaded)
         written = sum(t.numel() * t.element_size() for t in found.parameters.values())
         return {
@@ -59,14 +58,10 @@ class RefitExtension:
         plan = plans[self._refit_rank]
         if plan != self._refit_plan.digest:
             raise ValueError(f"refit: asked for the plan {plan[:12]}, this rank has {self._refit_plan.digest[:12]}.")
-        if not self._refit_awake:
-            raise ValueError("refit: the engine sleeps and its weights have no memory; wake it first.")
         if _bindings(self._refit_found) != self._refit_bindings:
             raise ValueError("refit: the engine's weights lie elsewhere than when the plan was compiled; attach again.")
-        if not again and version <= self._refit_state.version:
-            raise ValueError(
-                f"refit: to version {version}, but rank {self._refit_rank} has {self._refit_state.version}."
-            )
+        if not again:
+            self._refit_state.expect_newer(version)
         self._refit_source.wait(version)
         return self.refit_tell()
 
@@ -91,10 +86,6 @@ class RefitExtension:
         state = self._refit_state
         told = {"rank": self._refit_rank, "version": state.version, "state": state.state.value}
         return told | {"refusal": state.refusal, "plan": self._refit_plan.digest}
-
-    def refit_digest(self) -> str:
-        """Of all that a refit writes, as it lies in memory now."""
-        return execute.digest(list(self._refit_found.parameters.values()))
 
     @contextmanager
     def _refit_quiet(self, deadline: float):

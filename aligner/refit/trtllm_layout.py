@@ -101,7 +101,7 @@ def survey(model: nn.Module, shape: ModelShape, *, rank: int, ranks: int) -> Sur
     entries, parameters, reloaded, odd, covered = [], {}, [], [], set()
     for name, tensor, module in _held(model):
         try:
-            _, parts = _parts(name, shape, rank, ranks)
+            axis, parts = _parts(name, shape, rank, ranks)
         except (KeyError, ValueError):
             odd.append(f"{name} {list(tensor.shape)} is no part of the model")
             continue
@@ -111,7 +111,7 @@ def survey(model: nn.Module, shape: ModelShape, *, rank: int, ranks: int) -> Sur
             reloaded += behind
             continue
         try:
-            entries.append(engine_entry(name, tensor, shape, rank=rank, ranks=ranks))
+            entries.append(entry(name, tensor, parts, axis))
         except ValueError as error:
             odd.append(str(error))
         parameters[name] = tensor

@@ -46,8 +46,11 @@ class Values(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """sequences: their indices, in the order in which they finished. rewards, values: what ahead() gave, None each
-    where nobody was asked."""
+    """What models are asked about at once.
+
+    sequences: their indices, in the order in which they finished. rewards, values: what ahead() gave; None where nobody
+        was asked.
+    """
 
     sequences: list[int]
     rewards: Future | None

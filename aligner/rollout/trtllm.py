@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from aligner.data.batch import Rollout
 from aligner.rollout.sampling import Response, Sampling, pack_responses, stream_key
 
+ANSWER_S = 600.0  # beyond the engine's own deadlines: a rank that has not answered by then never will
 EXTENSION = "aligner.refit.extension.RefitExtension"
 
 
@@ -172,13 +173,13 @@ class TrtllmSampler:
         try:
             with self._lock:
                 if not self._lock.wait_for(lambda: not self._live, deadline - time.time()):
-                    raise TimeoutError(f"refit: {self._live} responses have not ended; close their streams.")
+                    raise TimeoutError(f"refit: {self._live} streams have not ended; exhaust or close them.")
             again = bool(self.refusal) and self.weights_version >= 0
             self._all("refit_ready", version, self._plans, again=again)
             before, self.refusal = self.refusal, f"the refit to version {version} was interrupted"
             _, errors = self._each("refit", version, self._plans, deadline=deadline, again=again)
             now, lost = self._each("refit_tell")
-            if not lost and all((t["version"], t["refusal"]) == (self.weights_version, "") for t in now):
+            if errors and not lost and all((t["version"], t["refusal"]) == (self.weights_version, "") for t in now):
                 self.refusal = before  # nothing was written anywhere
                 raise errors[0]
             if errors or lost or any((t["version"], t["refusal"]) != (version, "") for t in now):
@@ -200,7 +201,7 @@ class TrtllmSampler:
         """What the ranks answer, and what was raised; the answer of every rank counts."""
         call = self._llm.collective_rpc(method, args=arguments, kwargs=named)
         try:
-            told = asyncio.run_coroutine_threadsafe(call, self._loop).result()
+            told = asyncio.run_coroutine_threadsafe(call, self._loop).result(ANSWER_S)
         except Exception as error:
             return [], [error]
         if len(told) != self._config.tensor:

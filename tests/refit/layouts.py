@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aligner.models.weights import Part, entry, join, manifest, megatron_entry, window
+from aligner.models.weights import join, manifest, megatron_entry, window
+from aligner.refit.trtllm_layout import engine_entry
 
 PADDING = -7.0  # what stands in rows beyond the vocabulary
 
@@ -148,24 +149,5 @@ def engine_rank(m: Model, full: dict[str, Tensor], ranks: int, rank: int) -> dic
 
 def engine_manifest(m: Model, full: dict[str, Tensor], storage: dict[str, Tensor], ranks: int, rank: int) -> dict:
     """What that rank publishes."""
-    entries = []
-    for name, tensor in storage.items():
-        axis, whole = 0, tensor.shape[0]
-        at, _, kind = name.rpartition(".")
-        at = at.rpartition(".")[0] + "."
-        parts: list[Part] = [(name, 0, whole)]
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            rows = max(0, min(whole, m.vocab - rank * whole))
-            parts = [(name, rank * whole, rows)] if rows else []
-            parts += [(None, 0, whole - rows)] if rows < whole else []
-        elif "qkv_proj" in name:
-            q, copies = m.heads * m.head_dim // ranks, max(1, ranks // m.kv_heads)
-            kv = m.kv_heads * copies * m.head_dim // ranks
-            parts = [(f"{at}q_proj.{kind}", rank * q, q)]
-            parts += [(f"{at}{c}_proj.{kind}", rank // copies * kv, kv) for c in "kv"]
-        elif "gate_up" in name:
-            parts = [(f"{at}{c}_proj.{kind}", rank * whole // 2, whole // 2) for c in ("gate", "up")]
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            axis, parts = 1, [(name, rank * tensor.shape[1], tensor.shape[1])]
-        entries.append(entry(name, tensor, parts, axis))
+    entries = [engine_entry(name, tensor, m, rank=rank, ranks=ranks) for name, tensor in storage.items()]
     return manifest({n: t.shape for n, t in full.items()}, entries)

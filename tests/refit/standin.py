@@ -1,8 +1,8 @@
-"""A stand-in for TensorRT-LLM's PyTorch backend: its module names, fused storages, reload, control action and sleep.
+"""A stand-in for TensorRT-LLM's PyTorch backend: its module names, fused storages, reload and control action.
 
 One process; a thread a tensor rank. What follows upstream: names and layouts, `control_action` that waits for all ranks
-and for requests to end, without any deadline; `reload` as HfWeightMapper does it; sleep that loses what the weights
-were and keeps where they were. "CUDA graphs" are addresses: a forward reads what lies there and nothing else.
+and for requests to end, without any deadline; `reload` as HfWeightMapper does it. "CUDA graphs" are addresses: a
+forward reads what lies there and nothing else.
 """
 
 import ctypes
@@ -116,7 +116,7 @@ class Executor:
     """What all ranks' event loops share: requests in flight, and who has come to a control action."""
 
     def __init__(self, ranks: int):
-        self.ranks, self.active, self.inside, self.rounds = ranks, 0, 0, 0
+        self.ranks, self.active, self.came, self.left = ranks, 0, 0, 0
         self.changed = threading.Condition()
         self.resets = 0
 
@@ -135,18 +135,17 @@ class Executor:
     def control_action(self):
         """All ranks are in it at once, with no request in flight; upstream has no deadline here."""
         with self.changed:
-            self.inside += 1
+            together = (self.came // self.ranks + 1) * self.ranks  # how many have come once all of this action have
+            self.came += 1
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self.inside >= self.ranks and not self.active)
+            self.changed.wait_for(lambda: self.came >= together and not self.active)
         try:
             yield
         finally:
             with self.changed:
-                self.rounds += 1
-                done = -(-self.rounds // self.ranks) * self.ranks
+                self.left += 1
                 self.changed.notify_all()
-                self.changed.wait_for(lambda: self.rounds >= done)
-                self.inside = 0
+                self.changed.wait_for(lambda: self.left >= together)
 
     def reset_prefix_cache(self) -> None:
         self.resets += 1
@@ -172,10 +171,6 @@ class Worker(RefitExtension):
         address, shape = self.graph[name]
         buffer = (ctypes.c_float * math.prod(shape)).from_address(address)
         return torch.frombuffer(buffer, dtype=torch.float32).view(shape).clone()
-
-    def sleep(self) -> None:
-        for p in self.model.parameters():
-            p.data.fill_(torch.nan)
 
 
 class Engine:
