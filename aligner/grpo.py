@@ -73,6 +73,7 @@ def step(run: OnlineRun, number: int) -> Logged:
 
     with timers("sample"):
         scored, raw_B, rewards_B, tried = sample_groups(run, number)
+        actor.replica.sleep()
         rollout = scored.rollout
     with timers("logprobs"):
         logprobs_N, entropy_N = run.policy.infer(rollout)

@@ -97,6 +97,7 @@ def step(run: Run, number: int) -> Logged:
 
     with timers("sample"):
         scored = actor.sample(actor.prompts(number - 1), seed, run.critic)
+        actor.replica.sleep()
         rollout = scored.rollout
     with timers("values"):
         values = run.critic.infer(rollout, scored.values())

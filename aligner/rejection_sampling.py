@@ -54,6 +54,7 @@ def step(run: OnlineRun, number: int) -> Logged:
 
     with timers("sample"):
         scored = actor.sample(actor.prompts(number - 1), seed)
+        actor.replica.sleep()
         rollout = scored.rollout
     with timers("logprobs"):
         logprobs_N, entropy_N = run.policy.infer(rollout)

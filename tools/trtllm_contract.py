@@ -14,6 +14,7 @@ from pathlib import Path
 
 # Module -> names. Where upstream has moved one, both places are listed.
 PINS = {
+    "tensorrt_llm.version": ("__version__",),
     "tensorrt_llm.sampling_params": ("SamplingParams",),
     "tensorrt_llm.llmapi.rlhf_utils": ("WorkerExtension",),
     "tensorrt_llm._ray_utils": ("control_action_decorator",),
@@ -57,13 +58,19 @@ def extract(source: Path, version: str) -> dict:
         path = Path(source, *module.split(".")).with_suffix(".py")
         if not path.is_file():
             continue
-        found = {node.name: node for node in ast.parse(path.read_text()).body if hasattr(node, "name")}
+        body = ast.parse(path.read_text()).body
+        found = {node.name: node for node in body if hasattr(node, "name")}
+        found |= {
+            node.targets[0].id: node for node in body if isinstance(node, ast.Assign) and hasattr(node.targets[0], "id")
+        }
         facts = {name: facts_of(found[name]) for name in names if name in found}
         modules[module] = {"path": str(path.relative_to(source)), "names": facts}
     return {"version": version, "modules": modules}
 
 
-def facts_of(node: ast.ClassDef | ast.FunctionDef) -> dict:
+def facts_of(node: ast.ClassDef | ast.FunctionDef | ast.Assign) -> dict:
+    if isinstance(node, ast.Assign):
+        return {"kind": "constant"}
     decorators = [ast.unparse(d) for d in node.decorator_list]
     if not isinstance(node, ast.ClassDef):
         return {"kind": "function", "parameters": parameters(node.args), "decorators": decorators}

@@ -23,11 +23,12 @@ from aligner.models.lora import LoRAConfig
 from aligner.models.policy import Policy
 from aligner.models.reward_model import RewardModel, attributes_of, reward_model_tensors
 from aligner.models.shape import ModelShape
-from aligner.refit.replica import Replica
+from aligner.refit.replica import PulledReplica, Replica
 from aligner.rollout.conversation import Dialogue, load_environment
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.scoring import Scored, Values, sample_and_score
 from aligner.rollout.transcript import Transcript
+from aligner.rollout.wire import EngineSampler, read_key, start_engine
 from aligner.run import distributed
 from aligner.run.distributed import agree
 from aligner.serving.remote import RemoteReward
@@ -82,6 +83,28 @@ def open_reward_model(job: Job, folder: Path) -> RewardModel:
     return RewardModel(shape, read, attributes=attributes, trained=True, **untrained, **job.shared())
 
 
+def open_engine(job: Job, devices: list[int]) -> EngineSampler:
+    """The engine of this replica, ready. devices: GPUs of one that is started here.
+
+    Raises ValueError for one of other sizes than the run needs.
+    """
+    c, here = job.config.trtllm, distributed.place()
+    if c.url and len(c.url) != here.replicas:
+        raise ValueError(f"trtllm.url names {len(c.url)} engines, expected {here.replicas}, one a data-parallel rank.")
+    if c.url:
+        engine = EngineSampler(c.url[here.data], read_key(c.key_file), job.shape.context)
+    else:
+        log = job.directory.path / f"engine-{here.data}.log"
+        engine = start_engine(c, job.folder, job.shape.context, log, devices)
+    known = engine.wait_until_ready(c.start_s)
+    if known["context"] < job.shape.context:
+        raise ValueError(
+            f"the engine at {c.url[here.data]} takes {known['context']} tokens, the model {job.shape.context}; start "
+            f"it with --context {job.shape.context}."
+        )
+    return engine
+
+
 class Actor:
     """Samples the policy's responses and has them scored, in training and on held-out prompts.
 
@@ -98,10 +121,16 @@ class Actor:
         self.train, self.held_out = train, held_out
         self.transcript = Transcript(job.tokenizer)
         self._offloaded = [policy.network, *offloaded] if self.config.parallel.offload else []
-        dtype = self.config.sampling.dtype
-        self.replica = Replica(policy, lambda: NativeSampler(policy.shape, dtype=dtype, tokenizer=job.folder))
+        self.replica = self._replica()
         self.replica.refit(job.start)
         self._dialogue = agree(self._load_dialogue)
+
+    def _replica(self) -> Replica | PulledReplica:
+        c, policy = self.config, self.policy
+        if isinstance(c, OnlineConfig) and c.sampler == "trtllm":
+            return PulledReplica(policy, policy.shape, partial(open_engine, self.job), shares=bool(c.trtllm.python))
+        made = {"dtype": c.sampling.dtype, "tokenizer": self.job.folder}
+        return Replica(policy, lambda: NativeSampler(policy.shape, **made))
 
     def _load_dialogue(self) -> Dialogue | None:
         if not isinstance(self.config, OnlineConfig) or self.replica.sampler is None:

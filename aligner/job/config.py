@@ -10,6 +10,7 @@ from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
 from aligner.rollout.conversation import EnvironmentConfig
 from aligner.rollout.sampling import SamplingConfig
+from aligner.rollout.wire import TrtllmConfig
 from aligner.run.distributed import ParallelConfig
 from aligner.serving.reward import RewardConfig
 
@@ -98,6 +99,9 @@ class OnlineConfig(ProgramConfig):
     eval_prompts: int = 96
     """Held-out prompts answered at every evaluation; 0 evaluates nothing."""
     batch: BatchConfig = field(default_factory=BatchConfig)
+    sampler: Literal["native", "trtllm"] = "native"
+    """Who samples: this process, or TensorRT-LLM in processes of its own."""
+    trtllm: TrtllmConfig = field(default_factory=TrtllmConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -106,3 +110,12 @@ class OnlineConfig(ProgramConfig):
         super().__post_init__()
         if self.steps < 1 or self.eval_prompts < 0:
             raise ValueError("steps must be 1 or more, eval-prompts 0 or more.")
+        if self.sampler == "native" and self.trtllm != TrtllmConfig():
+            raise ValueError("trtllm options are of another sampler; add --sampler trtllm.")
+        if self.sampler == "trtllm" and bool(self.trtllm.python) == bool(self.trtllm.url) and not self.dry_run:
+            raise ValueError(
+                "--sampler trtllm takes --trtllm.python, of the environment that has TensorRT-LLM, or --trtllm.url and "
+                "--trtllm.key-file, of engines that run already; give one of the two."
+            )
+        if self.sampler == "trtllm" and self.sampling.dtype != "float32":
+            raise ValueError("sampling.dtype is of the native sampler; TensorRT-LLM has the model's own.")

@@ -105,11 +105,16 @@ def _write_merged(weight: LowRank, boxes: list[list[int]], destinations: Sequenc
     return written
 
 
+def checksums(boxes: Tensor, destinations: Sequence[Tensor]) -> Tensor:
+    """Of what the destinations hold in the boxes."""
+    onto_itself = boxes[:, [1, 1, 4, 5, 4, 5, 6, 7]]  # nothing changes
+    return ops.refit_copy(destinations, destinations, checksum=True, boxes=onto_itself)
+
+
 @torch.no_grad()
 def verify(written: Written, destinations: Sequence[Tensor], names: Sequence[str]) -> None:
     """Read everything back. Raises RuntimeError when a piece no longer holds what was written to it."""
-    onto_itself = written.boxes[:, [1, 1, 4, 5, 4, 5, 6, 7]]  # only the checksum is taken
-    sums = ops.refit_copy(destinations, destinations, checksum=True, boxes=onto_itself)
+    sums = checksums(written.boxes, destinations)
     bad = (sums != written.checksums).nonzero().flatten().tolist()
     if bad:
         raise RuntimeError(

@@ -15,8 +15,8 @@ import torch
 from aligner.models.refitted import Refitted
 from aligner.models.rope import Rope
 from aligner.models.shape import ModelShape
-from aligner.models.weights import entry, manifest
-from aligner.refit.plan import Plan, compile_plan
+from aligner.refit.gate import GoldenGate, layers
+from aligner.refit.plan import compile_plan
 from aligner.refit.shared import SharedSource
 from aligner.refit.trtllm_layout import Survey, survey
 
@@ -34,18 +34,18 @@ class RefitExtension:
         Returns rank, plan (its digest), copies, bytes, and the Hugging Face tensors that go by upstream's reload.
         """
         mapping = self.engine.model_engine.mapping
-        self._refit_rank, ranks = mapping.tp_rank, mapping.tp_size
-        found = survey(self._refit_model(), _shape(shape), rank=self._refit_rank, ranks=ranks)
+        self._refit_rank, tp = mapping.tp_rank, mapping.tp_size
+        found = survey(self._refit_model(), _shape(shape), rank=self._refit_rank, ranks=tp)
         self._refit_found, self._refit_source = found, SharedSource(names, timeout_s)
-        self._refit_plan: Plan = compile_plan(self._refit_source.manifest(), found.manifest)
+        plan = compile_plan(self._refit_source.manifest(), found.manifest)
+        self._refit_plan = GoldenGate(plan, self._refit_reload)
         self._refit_bindings = _bindings(found)
-        self._refit_state = Refitted()
-        self._refit_staged = self._refit_staging(found.reloaded)
+        self._refit_state, self._refit_asleep = Refitted(), False
         written = sum(t.numel() * t.element_size() for t in found.parameters.values())
         return {
             "rank": self._refit_rank,
-            "plan": self._refit_plan.digest,
-            "copies": len(self._refit_plan.copies),
+            "plan": plan.digest,
+            "copies": len(plan.copies),
             "bytes": written,
             "reloaded": found.reloaded,
         }
@@ -55,9 +55,9 @@ class RefitExtension:
 
         plans: the digests that the ranks gave in refit_attach().
         """
-        plan = plans[self._refit_rank]
-        if plan != self._refit_plan.digest:
-            raise ValueError(f"refit: asked for the plan {plan[:12]}, this rank has {self._refit_plan.digest[:12]}.")
+        asked, has = plans[self._refit_rank], self._refit_plan.plan.digest
+        if asked != has:
+            raise ValueError(f"refit: asked for the plan {asked[:12]}, this rank has {has[:12]}.")
         if _bindings(self._refit_found) != self._refit_bindings:
             raise ValueError("refit: the engine's weights lie elsewhere than when the plan was compiled; attach again.")
         if not again:
@@ -72,6 +72,8 @@ class RefitExtension:
         again: repeat a version that not all ranks have.
         """
         self.refit_ready(version, plans, again=again)
+        if self._refit_asleep:
+            raise ValueError("refit: the engine's weights are released; wake them first.")
         state, began = self._refit_state, time.time()
         if again:
             state.version = min(state.version, version - 1)
@@ -85,7 +87,18 @@ class RefitExtension:
     def refit_tell(self) -> dict:
         state = self._refit_state
         told = {"rank": self._refit_rank, "version": state.version, "state": state.state.value}
-        return told | {"refusal": state.refusal, "plan": self._refit_plan.digest}
+        return told | {"refusal": state.refusal, "plan": self._refit_plan.plan.digest}
+
+    def refit_sleep(self) -> dict:
+        """The weights are about to be released: forget cached prefixes, and take no refit until refit_awake()."""
+        with self.engine.control_action():
+            self.engine.reset_prefix_cache()
+        self._refit_asleep, self._refit_state.refusal = True, "its weights were released"
+        return self.refit_tell()
+
+    def refit_awake(self) -> dict:
+        self._refit_asleep = False
+        return self.refit_tell()
 
     @contextmanager
     def _refit_quiet(self, deadline: float):
@@ -97,25 +110,26 @@ class RefitExtension:
             yield
 
     def _refit_finish(self, _storage: dict) -> None:
-        if self._refit_staged:
-            plan, tensors = self._refit_staged
-            plan.execute(self._refit_source, tensors)
-            loader = self.engine.model_engine.model_loader
-            loader.reload(self._refit_model(), dict(tensors), allow_partial_loading=True)
+        found, model = self._refit_found, self._refit_model()
+        if found.reloaded:  # upstream's own way, with what its modules do before and after
+            _hooks(found.modules, "pre_reload_weights")
+            for tensors in layers(self._refit_source, found.reloaded, next(model.parameters()).device):
+                self._refit_reload(tensors)
+            _hooks(found.modules, "process_weights_after_loading", "post_load_weights")
         self.engine.reset_prefix_cache()
+
+    def _refit_reload(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.engine.model_engine.model_loader.reload(self._refit_model(), tensors, allow_partial_loading=True)
 
     def _refit_model(self) -> torch.nn.Module:
         return self.engine.model_engine.model
 
-    def _refit_staging(self, reloaded: list[str]) -> tuple[Plan, dict[str, torch.Tensor]] | None:
-        """Whole Hugging Face tensors, for upstream's reload, and the plan that fills them."""
-        if not reloaded:
-            return None
-        source = self._refit_source.manifest()
-        dtypes = {s["tensor"]: item["dtype"] for item in source["tensors"] for s in item["segments"]}
-        tensors = {name: torch.empty(source["model"][name], dtype=getattr(torch, dtypes[name])) for name in reloaded}
-        entries = [entry(name, t, [(name, 0, len(t))]) for name, t in tensors.items()]
-        return compile_plan(source, manifest(source["model"], entries)), tensors
+
+def _hooks(modules: list[torch.nn.Module], *names: str) -> None:
+    for name in names:
+        for module in modules:
+            if hasattr(module, name):  # not all modules have all of them
+                getattr(module, name)()
 
 
 def _shape(fields: dict) -> ModelShape:

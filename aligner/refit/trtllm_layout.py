@@ -30,12 +30,13 @@ class Survey:
     """A rank's model: what a refit writes, and what it leaves to upstream's own reload.
 
     manifest: as of models.weights, of what is written directly. parameters: their live storage, by name.
-    reloaded: Hugging Face names of the tensors behind modules that must not be written directly.
+    reloaded: Hugging Face names of the tensors behind `modules`, which must not be written directly.
     """
 
     manifest: dict
     parameters: dict[str, Tensor]
     reloaded: list[str]
+    modules: list[nn.Module]
 
 
 def check_shape(shape: ModelShape, ranks: int) -> None:
@@ -98,7 +99,7 @@ def survey(model: nn.Module, shape: ModelShape, *, rank: int, ranks: int) -> Sur
     covers, for those of another shape than the model's, and for memory that two of them share in part.
     """
     check_shape(shape, ranks)
-    entries, parameters, reloaded, odd, covered = [], {}, [], [], set()
+    entries, parameters, reloaded, modules, odd, covered = [], {}, [], [], [], set()
     for name, tensor, module in _held(model):
         try:
             axis, parts = _parts(name, shape, rank, ranks)
@@ -109,6 +110,7 @@ def survey(model: nn.Module, shape: ModelShape, *, rank: int, ranks: int) -> Sur
         covered.update(behind)
         if not _writable(module):
             reloaded += behind
+            modules.append(module)
             continue
         try:
             entries.append(entry(name, tensor, parts, axis))
@@ -119,7 +121,8 @@ def survey(model: nn.Module, shape: ModelShape, *, rank: int, ranks: int) -> Sur
     odd += [f"{name} is nowhere in the engine" for name in absent] + _overlaps(parameters)
     if odd:
         raise ValueError(f"refit: {len(odd)} things of the engine fit no refit: {'; '.join(odd)}.")
-    return Survey(manifest=manifest(shape.tensors(), entries), parameters=parameters, reloaded=reloaded)
+    left = {"reloaded": reloaded, "modules": list(dict.fromkeys(modules))}
+    return Survey(manifest=manifest(shape.tensors(), entries), parameters=parameters, **left)
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:

@@ -18,7 +18,7 @@ from aligner.data.tokenizer import load_tokenizer, token_bytes
 from aligner.models.refitted import Refitted
 from aligner.models.shape import ModelShape
 from aligner.models.weights import entry, fill, manifest
-from aligner.rollout.sampling import Response, Sampling, pack_responses, stream_key
+from aligner.rollout.sampling import Response, Sampling, check_prompts, pack_responses, stream_key
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}  # of what is not quantised
 HUGE_PAGE, LINE = 1 << 21, 64  # bytes
@@ -174,18 +174,9 @@ class NativeSampler:
 
     def _check(self, prompts: list[list[int]], sampling: Sampling, n: int) -> None:
         self._state.check()
-        if n < 1:
-            raise ValueError(f"n is {n}, expected 1 or more samples a prompt.")
         if sampling.stop_strings and not self.engine.has_token_texts:
             self._know_tokens()
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty; give it at least one token (a begin-of-text token will do).")
-            if len(prompt) + sampling.max_tokens > self.shape.context:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}, together over the "
-                    f"model's context of {self.shape.context}; shorten the prompt or lower max_tokens."
-                )
+        check_prompts(prompts, sampling, n, self.shape.context)
 
 
 def _zeros(sizes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:

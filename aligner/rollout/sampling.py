@@ -112,6 +112,20 @@ class Response:
     finished: bool
 
 
+def check_prompts(prompts: list[list[int]], sampling: Sampling, n: int, context: int) -> None:
+    """Raise ValueError for an empty prompt, and for one that with its response would exceed the context, in tokens."""
+    if n < 1:
+        raise ValueError(f"n is {n}, expected 1 or more samples a prompt.")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; give it at least one token (a begin-of-text token will do).")
+        if len(prompt) + sampling.max_tokens > context:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens and max_tokens is {sampling.max_tokens}, together over the "
+                f"model's context of {context}; shorten the prompt or lower max_tokens."
+            )
+
+
 def stream_key(seed: int, sample: int, prompt: list[int]) -> int:
     """The key of a sequence's random stream, 64 bits: a response depends on nothing else that is in the batch."""
     words = np.asarray([seed, sample, *prompt], dtype=np.int64)

@@ -116,9 +116,10 @@ class Executor:
     """What all ranks' event loops share: requests in flight, and who has come to a control action."""
 
     def __init__(self, ranks: int):
-        self.ranks, self.active, self.came, self.left = ranks, 0, 0, 0
+        self.ranks, self.active, self.came, self.entered, self.left = ranks, 0, 0, 0, 0
         self.changed = threading.Condition()
-        self.resets = 0
+        self.resets, self.closed = 0, False
+        self._stepping, self._hasty = False, set()
 
     @contextmanager
     def request(self):
@@ -132,27 +133,66 @@ class Executor:
                 self.changed.notify_all()
 
     @contextmanager
-    def control_action(self):
-        """All ranks are in it at once, with no request in flight; upstream has no deadline here."""
+    def iteration(self):
+        """One of the event loop, when there are requests; a control action has the loop stopped between two of them."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.closed or (self.active and not self._due() and self.left >= self.entered)
+            )
+            self._stepping = True
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._stepping = False
+                self.changed.notify_all()
+
+    @contextmanager
+    def control_action(self, *, drain: bool = True, control_id: int | None = None):
+        """All ranks are in it at once, with no request in flight if drained; upstream has no deadline here."""
         with self.changed:
             together = (self.came // self.ranks + 1) * self.ranks  # how many have come once all of this action have
             self.came += 1
+            if not drain:
+                self._hasty.add(together)
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self.came >= together and not self.active)
+            self.changed.wait_for(lambda: self.closed or self._entered(together))
+            self._expect_open()
         try:
             yield
         finally:
             with self.changed:
                 self.left += 1
                 self.changed.notify_all()
-                self.changed.wait_for(lambda: self.left >= together)
+                self.changed.wait_for(lambda: self.closed or self.left >= together)
+
+    def _due(self) -> bool:
+        """Whether the next action may begin as soon as the loop stands."""
+        together = self.entered + self.ranks
+        return self.came >= together and self.left >= self.entered and (together in self._hasty or not self.active)
+
+    def _entered(self, together: int) -> bool:
+        if self._due() and not self._stepping:
+            self.entered += self.ranks
+        return self.entered >= together
+
+    def _expect_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the engine was shut down")
+
+    def close(self) -> None:
+        """Who waits, is let go."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
 
     def reset_prefix_cache(self) -> None:
-        self.resets += 1
+        with self.changed:
+            self.resets += 1
 
 
-class Worker(RefitExtension):
-    """A rank's worker with the extension mixed in."""
+class BaseWorker:
+    """A rank's worker, before an extension is mixed in."""
 
     def __init__(self, shape: ModelShape, executor: Executor, rank: int, ranks: int):
         self.model, self.executor = build(shape, ranks), executor
@@ -164,13 +204,23 @@ class Worker(RefitExtension):
             reset_prefix_cache=executor.reset_prefix_cache,
             model_engine=model_engine,
         )
-        self.graph = {name: (p.data_ptr(), p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        self.graph = {name: (p.data_ptr(), p.shape) for name, p in held.items()}
+        self._allocated = [p.detach() for p in held.values()]  # a graph's memory outlives the parameter that was in it
 
-    def read(self, name: str) -> Tensor:
-        """What a captured graph would read."""
+    def captured(self, name: str) -> Tensor:
+        """The memory that a captured graph reads, whatever the parameter is by now."""
         address, shape = self.graph[name]
         buffer = (ctypes.c_float * math.prod(shape)).from_address(address)
-        return torch.frombuffer(buffer, dtype=torch.float32).view(shape).clone()
+        return torch.frombuffer(buffer, dtype=torch.float32).view(shape)
+
+    def read(self, name: str) -> Tensor:
+        """What a captured graph would read now."""
+        return self.captured(name).clone()
+
+
+class Worker(BaseWorker, RefitExtension):
+    """A rank's worker with the extension mixed in."""
 
 
 class Engine:

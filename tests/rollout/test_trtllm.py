@@ -1,6 +1,7 @@
 """The sampler over TensorRT-LLM: what it asks of each version; on a stand-in engine what it samples and survives."""
 
 import asyncio
+import enum
 import json
 import threading
 import time
@@ -14,7 +15,7 @@ import torch
 from aligner.refit.extension import RefitExtension
 from aligner.rollout import trtllm
 from aligner.rollout.sampling import Sampling
-from aligner.rollout.trtllm import Features, TrtllmConfig, TrtllmSampler, engine_arguments, load_api, sampling_params
+from aligner.rollout.trtllm import EngineConfig, Features, TrtllmSampler, engine_arguments, load_api, sampling_params
 from tests.refit.standin import Engine
 from tests.refit.test_extension import SMALL, Trainer, after, is_at, shape_of
 
@@ -47,12 +48,15 @@ def api(version: str) -> SimpleNamespace:
     arguments = facts(version, "BaseLlmArgs")["fields"] | facts(version, "TorchLlmArgs")["fields"]
     sleep = facts(version, "SleepConfig")
     policies = SimpleNamespace(**facts(version, "CapacitySchedulerPolicy")["fields"])
+    tags = {name: value.strip('"') for name, value in facts(version, "ExecutorMemoryType")["fields"].items()}
     return SimpleNamespace(
         TorchLlmArgs=strict("TorchLlmArgs", arguments),
         CudaGraphConfig=strict("CudaGraphConfig", graph),
         SamplingParams=strict("SamplingParams", facts(version, "SamplingParams")["fields"]),
         SleepConfig=sleep and strict("SleepConfig", sleep["fields"]),
         CapacitySchedulerPolicy=policies,
+        ExecutorMemoryType=enum.Enum("ExecutorMemoryType", tags),
+        version=version,
         **found,
     )
 
@@ -60,7 +64,7 @@ def api(version: str) -> SimpleNamespace:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_version_takes_the_arguments(version: str):
     known = api(version)
-    given = engine_arguments(known, Path("model"), 512, TrtllmConfig(tensor=4))
+    given = engine_arguments(known, Path("model"), 512, EngineConfig(tensor=4))
     known.TorchLlmArgs(**given)  # which refuses what it does not know
     assert given["tensor_parallel_size"] == 4 and given["max_input_len"] == given["max_seq_len"] == 512
     assert given["load_format"].upper() in facts(version, "LoadFormat")["fields"]
@@ -112,10 +116,17 @@ def test_every_version_is_called_as_it_is_written(version: str):
 
 
 def test_versions_and_machines_without_it():
-    with pytest.raises(ValueError, match="neither sleep_config nor enable_sleep"):
+    with pytest.raises(ValueError, match="TensorRT-LLM 0.9 has neither .* install 1.2.1 or newer"):
         Features.of(
-            SimpleNamespace(TorchLlmArgs=strict("TorchLlmArgs", {"model": None}), SamplingParams=strict("S", {"n": 1}))
+            SimpleNamespace(
+                version="0.9", TorchLlmArgs=strict("T", {"model": None}), SamplingParams=strict("S", {"n": 1})
+            )
         )
+    for good in ("1.2.1", "1.3.0rc15", "1.4.0rc1"):
+        trtllm.check_version(good)
+    for bad in ("1.1.0", "1.5.0", "2.0", "what"):
+        with pytest.raises(ValueError, match=f"TensorRT-LLM is {bad}, expected 1.2 to 1.4"):
+            trtllm.check_version(bad)
     with pytest.raises(ValueError, match="cannot be imported here .* in its own environment"):
         load_api()
 
@@ -183,7 +194,7 @@ def setup():
     """(sampler at version 0, its engine, the trainer)."""
     engine, trainer = Engine(shape_of(SMALL), 2), Trainer(SMALL, 2, 1)
     llm = StandInLLM(engine)
-    sampler = TrtllmSampler(llm, api("main"), TrtllmConfig(tensor=2, max_batch=2, drain_s=0.5))
+    sampler = TrtllmSampler(llm, api("main"), EngineConfig(tensor=2, max_batch=2, drain_s=0.5))
     with pytest.raises(RuntimeError, match="no weights have come yet"):
         next(sampler.stream([[1]], Sampling()))
     sampler.attach(asdict(engine.shape), trainer.names)

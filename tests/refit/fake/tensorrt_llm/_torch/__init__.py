@@ -1,0 +1,1 @@
+"""As upstream's PyTorch backend is called."""

@@ -1,0 +1,1 @@
+"""As upstream's package of arguments is called."""
