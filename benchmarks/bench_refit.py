@@ -1,15 +1,26 @@
-"""Refit of SmolLM2-135M into the embedded sampler: `python benchmarks/bench_refit.py`.
+"""Refit of SmolLM2-135M into samplers on the CPU: `python benchmarks/bench_refit.py`.
 
-The trainer's layout (Megatron's) goes into the engine's through `sampler.refit`: preflight, copy, read back and verify,
-commit. A round times every subject once; a row is the median of the rounds. `bytes` is what the copy itself must move:
-the parameters read once and written once; `contiguous-copy` moves as many in one piece with torch.
+The trainer's layout (Megatron's) goes into the embedded sampler's through `sampler.refit`: preflight, copy, read back
+and verify, commit. `refit-engine-tpN` goes from shared memory into N tensor ranks of the tests' stand-in for
+TensorRT-LLM through `RefitExtension.refit`, from the call to the last rank's answer; publishing is not timed. A rank is
+a thread here, and gets its share of --threads, at least one.
+
+A round times every subject of one destination once; a row is the median of the rounds. `bytes` is what the copy itself
+must move: the parameters read once and written once; `contiguous-copy` moves as many in one piece with torch. Engines
+come last, with a copy of their own: once their threads exist, OpenMP's sleep between regions and adapters take longer.
 """
 
 import argparse
 import csv
 import datetime
+import os
 import statistics
+import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from harness import COLUMNS, RESULTS, commit, machine
@@ -19,8 +30,14 @@ from aligner.models.low_rank import LowRank
 from aligner.models.shape import ModelShape
 from aligner.models.weights import manifest, megatron_entry
 from aligner.refit.plan import compile_plan
+from aligner.refit.shared import SharedWeights
 from aligner.rollout.native import NativeSampler
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.refit.standin import Engine  # noqa: E402
+
+ENGINE_RANKS = (1, 3)  # SmolLM2 has 9 heads and 3 key-value heads
+DEADLINE_S = 60.0
 RANK, PPO_STEP_S = 16, 10.0  # of the default run's adapters; seconds of one of its steps (docs/ppo.md)
 
 
@@ -59,7 +76,43 @@ class Trainer:
         return self._weights[name]
 
 
-def subjects(shape: ModelShape) -> dict:
+class Published:
+    """A trainer's weights in shared memory, and their version."""
+
+    def __init__(self, shape: ModelShape):
+        self.name, self.version = f"bench-{os.getpid()}", -1
+        self._shared = SharedWeights(self.name, Trainer(shape, False))
+
+    def next(self) -> None:
+        self.version += 1
+        self._shared.publish(self.version)
+
+
+def set_own_threads(count: int) -> None:
+    """OpenMP's number of threads is each thread's own; torch overwrites it the first time that a thread asks for it."""
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
+class EngineRefit:
+    """Refits of the stand-in engine, each to the version that `published` has."""
+
+    def __init__(self, shape: ModelShape, published: Published, ranks: int, threads: int):
+        self.engine, self.published = Engine(shape, ranks), published
+        share = max(1, threads // ranks)
+        self.engine.pool = ThreadPoolExecutor(ranks, initializer=set_own_threads, initargs=(share,))
+        told = [f.result() for f in self.engine.rpc("refit_attach", asdict(shape), [published.name], DEADLINE_S)]
+        torch.set_num_threads(threads)
+        self.plans, self.bytes = [t["plan"] for t in told], 2 * sum(t["bytes"] for t in told)
+
+    def __call__(self) -> None:
+        deadline = time.time() + DEADLINE_S
+        waiting = self.engine.rpc("refit", self.published.version, self.plans, deadline=deadline)
+        for future in waiting:
+            future.result()
+
+
+def sampler_subjects(shape: ModelShape) -> dict:
     """Name -> (call, bytes, dtypes)."""
     found, elements = {}, shape.num_bytes() // 4
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
@@ -73,9 +126,51 @@ def subjects(shape: ModelShape) -> dict:
 
             words = f"float32 to {dtype}"
             found[f"refit{'-lora' if adapted else ''} {words}"] = (refit, elements * (4 + width), words)
-        flat = torch.ones(elements * (4 + width) // 8), torch.zeros(elements * (4 + width) // 8)
-        found[f"contiguous-copy {words}"] = (lambda f=flat: f[1].copy_(f[0]), elements * (4 + width), words)
+        found[f"contiguous-copy {words}"] = (contiguous_copy(elements * (4 + width)), elements * (4 + width), words)
     return found
+
+
+def engine_subjects(shape: ModelShape, published: Published, threads: int) -> dict:
+    """As sampler_subjects()."""
+    words, size = "float32 to float32", 2 * shape.num_bytes()
+    found = {f"contiguous-copy-engine {words}": (contiguous_copy(size), size, words)}
+    for ranks in ENGINE_RANKS:
+        refit = EngineRefit(shape, published, ranks, threads)
+        found[f"refit-engine-tp{ranks} {words}"] = (refit, refit.bytes, words)
+    return found
+
+
+def contiguous_copy(size: int) -> Callable[[], object]:
+    """A copy that reads and writes `size` bytes together."""
+    source, destination = torch.ones(size // 8), torch.zeros(size // 8)
+    return lambda: destination.copy_(source)
+
+
+def measure(cases: dict, rounds: int, before_round: Callable[[], None]) -> list[list]:
+    """Print, and return for each case, what a row of results says of it."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):
+        before_round()
+        for name, (call, _, _) in cases.items():
+            start = time.perf_counter()
+            call()
+            if number:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    copied = {
+        dtype: size / median[name] / 1e9 for name, (_, size, dtype) in cases.items() if name.startswith("contiguous")
+    }
+    rows = []
+    for name, (_, size, dtype) in cases.items():
+        seconds, rate = median[name], size / median[name] / 1e9
+        impl = name.split()[0]
+        rows.append(["SmolLM2-135M", dtype, impl, f"{seconds:.6g}", size, f"{rate:.3g}", ""])
+        print(
+            f"{dtype} {impl}: {1e3 * seconds:.4g} ms, {rate:.3g} GB/s, "
+            f"{rate / copied[dtype]:.2f}x of copy bandwidth, "
+            f"{100 * seconds / PPO_STEP_S:.2f} % of a PPO step of {PPO_STEP_S:g} s"
+        )
+    return rows
 
 
 def main() -> None:
@@ -84,25 +179,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    cases = subjects(ModelShape.from_folder(default_model()))
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(options.rounds + 1):
-        for name, (call, _, _) in cases.items():
-            start = time.perf_counter()
-            call()
-            if number:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    rows, where = [], [datetime.date.today().isoformat(), commit(), machine(), options.threads]
-    for name, (_, size, dtype) in cases.items():
-        seconds, rate = median[name], size / median[name] / 1e9
-        impl = name.split()[0]
-        rows.append([*where, "SmolLM2-135M", dtype, impl, f"{seconds:.6g}", size, f"{rate:.3g}", ""])
-        print(
-            f"{dtype} {impl}: {1e3 * seconds:.4g} ms, {rate:.3g} GB/s, "
-            f"{median['contiguous-copy ' + dtype] / seconds:.2f}x of copy bandwidth, "
-            f"{100 * seconds / PPO_STEP_S:.2f} % of a PPO step of {PPO_STEP_S:g} s"
-        )
+    shape = ModelShape.from_folder(default_model())
+    where = [datetime.date.today().isoformat(), commit(), machine(), options.threads]
+    rows = measure(sampler_subjects(shape), options.rounds, lambda: None)
+    published = Published(shape)
+    rows += measure(engine_subjects(shape, published, options.threads), options.rounds, published.next)
+    rows = [where + row for row in rows]
     path = RESULTS / "refit.csv"
     new = not path.exists()
     with path.open("a", newline="") as file:

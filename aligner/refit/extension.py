@@ -36,7 +36,7 @@ class RefitExtension:
         mapping = self.engine.model_engine.mapping
         self._refit_rank, tp = mapping.tp_rank, mapping.tp_size
         found = survey(self._refit_model(), _shape(shape), rank=self._refit_rank, ranks=tp)
-        self._refit_found, self._refit_source = found, SharedSource(names, timeout_s)
+        self._refit_found, self._refit_source = found, SharedSource(names, timeout_s, self._refit_device())
         plan = compile_plan(self._refit_source.manifest(), found.manifest)
         self._refit_plan = GoldenGate(plan, self._refit_reload)
         self._refit_bindings = _bindings(found)
@@ -110,16 +110,19 @@ class RefitExtension:
             yield
 
     def _refit_finish(self, _storage: dict) -> None:
-        found, model = self._refit_found, self._refit_model()
+        found = self._refit_found
         if found.reloaded:  # upstream's own way, with what its modules do before and after
             _hooks(found.modules, "pre_reload_weights")
-            for tensors in layers(self._refit_source, found.reloaded, next(model.parameters()).device):
+            for tensors in layers(self._refit_source, found.reloaded, self._refit_device()):
                 self._refit_reload(tensors)
             _hooks(found.modules, "process_weights_after_loading", "post_load_weights")
         self.engine.reset_prefix_cache()
 
     def _refit_reload(self, tensors: dict[str, torch.Tensor]) -> None:
         self.engine.model_engine.model_loader.reload(self._refit_model(), tensors, allow_partial_loading=True)
+
+    def _refit_device(self) -> torch.device:
+        return next(self._refit_model().parameters()).device
 
     def _refit_model(self) -> torch.nn.Module:
         return self.engine.model_engine.model

@@ -14,7 +14,7 @@ from aligner.models.low_rank import LowRank
 from aligner.models.shape import ModelShape
 from aligner.models.weights import join
 from aligner.refit.plan import Plan, Source, compile_plan
-from aligner.refit.shared import SharedSource, SharedWeights
+from aligner.refit.shared import ExportedWeights, SharedSource, SharedWeights
 from aligner.run import distributed
 from aligner.run.distributed import agree, gather
 
@@ -96,8 +96,7 @@ class PulledReplica:
                 "--sampler trtllm: the ranks of a replica are on several machines, and its engine reads their weights "
                 "from one machine's memory; make parallel.tensor x parallel.pipeline fit one machine."
             )
-        self._own = SharedWeights(_name(here, os.getpid()), policy) if here.context == 0 else None
-        agree(lambda: None)  # all of them are there
+        self._own = agree(lambda: _publisher(_name(here, os.getpid()), policy) if here.context == 0 else None)
         self.sampler = agree(lambda: open_engine(devices) if here.leads else None)
         names = [_name(place, pid) for place, _, pid, _ in replica if place.context == 0]
         agree(lambda: self.sampler and self.sampler.attach(asdict(shape), names))
@@ -163,6 +162,13 @@ class _SentWeights:
     def weight(self, name: str) -> Tensor | LowRank:
         number, _, own = name.partition("/")
         return self._policy.weight(own) if number == "0" else self._copies[name]
+
+
+def _publisher(name: str, policy: Source) -> SharedWeights | ExportedWeights:
+    """By handle where the weights are on a GPU, else as a copy in shared memory."""
+    first = policy.weight(policy.manifest()["tensors"][0]["name"])
+    on_gpu = (first.base if isinstance(first, LowRank) else first).is_cuda
+    return ExportedWeights(name, policy) if on_gpu else SharedWeights(name, policy)
 
 
 def _name(here: distributed.Place, pid: int) -> str:

@@ -1,9 +1,12 @@
-"""Weights in shared memory: each trainer rank publishes its own, and a sampler in another process refits from them.
+"""Weights that processes share: each trainer rank publishes its own, and a sampler in another process refits from them.
 
-One file a rank in /dev/shm: the version (-1 while it is written), the length of the header, the header (manifest and
-offsets, JSON), the parameters. Its owner holds a lock on the file for as long as it lives, so that a reader can tell a
-dead owner and the next owner can remove what a killed one left behind. (multiprocessing.shared_memory is not used: its
-resource tracker unlinks a segment when any process that attached to it ends.)
+One file a rank in /dev/shm: the version (-1 while it is written), the epoch of the header, its length, the header, and,
+of parameters in host memory, a copy of these. The header is JSON: the manifest, buffers, and the places of each
+parameter in them. A buffer is the rest of the file ("file"), or a GPU's memory by its handle ("cuda"); then nothing is
+copied, and a new epoch says that something lies elsewhere. The owner holds a lock on the file for as long as it lives,
+so that a reader can tell a dead owner and the next owner can remove what a killed one left behind.
+(multiprocessing.shared_memory is not used: its resource tracker unlinks a segment when any process that attached to it
+ends.)
 """
 
 import fcntl
@@ -19,12 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aligner.models.low_rank import LowRank
 from aligner.models.weights import join
+from aligner.refit.device_memory import handle_of, open_handle
 from aligner.refit.plan import Source, compile_plan
 
 FOLDER, PREFIX = Path("/dev/shm"), "aligner-refit-"
 ALIGNMENT = 64  # bytes; of a parameter's first one
-FIXED = struct.Struct("<qq")  # version, length of the header
+FIXED = struct.Struct("<qqq")  # version, epoch, length of the header
 
 
 class SharedWeights:
@@ -37,41 +42,111 @@ class SharedWeights:
     def __init__(self, name: str, source: Source):
         self.source, self._manifest = source, source.manifest()
         self._plan = compile_plan(self._manifest, self._manifest)
-        offsets, end = {}, 0
+        places, end = {}, 0
         for item in self._manifest["tensors"]:
-            end = -(-end // ALIGNMENT) * ALIGNMENT
-            offsets[item["name"]] = end
-            end += _num_bytes(item)
-        header = json.dumps({"manifest": self._manifest, "offsets": offsets}).encode()
-        self.path = FOLDER / (PREFIX + name)
-        self._file = _create(self.path, _data_start(FIXED.size + len(header)) + end)
-        self._memory = mmap.mmap(self._file, 0)
-        FIXED.pack_into(self._memory, 0, -1, len(header))
-        self._memory[FIXED.size : FIXED.size + len(header)] = header
-        self._tensors = _tensors(self._memory, len(header), self._manifest, offsets)
-        _give_name(self._file, self.path)
-        self._close = weakref.finalize(self, _remove, self.path, self._file, os.getpid())
+            places[item["name"]] = [{"buffer": 0, "begin": end, "shape": item["shape"], "dtype": item["dtype"]}]
+            end += -(-_num_bytes(item) // ALIGNMENT) * ALIGNMENT
+        header = {"manifest": self._manifest, "buffers": [{"kind": "file", "bytes": end}], "places": places}
+        self._board = _Board(name, header, end)
+        self.path = self._board.path
+        self._tensors = {name: _tensor(self._board.data, place) for name, (place,) in places.items()}
 
     def publish(self, version: int) -> None:
         """Copy the source's weights as they are now; readers that wait for `version` go on."""
         self._plan.preflight(self.source, self._manifest, self._tensors)
-        struct.pack_into("<q", self._memory, 0, -1)
+        self._board.tell(-1)
         self._plan.execute(self.source, self._tensors)
-        struct.pack_into("<q", self._memory, 0, version)
+        self._board.tell(version)
 
     def close(self) -> None:
         """Remove the file; who has it mapped keeps the memory. Also done when the process ends by itself."""
-        self._close()
+        self._board.close()
+
+
+class ExportedWeights:
+    """A trainer rank's parameters on its GPU, by handle: nothing is copied, and an adapter is merged by who reads.
+
+    They must not change until the sampler has committed a version.
+    """
+
+    def __init__(self, name: str, source: Source):
+        self.source, self._manifest = source, source.manifest()
+        self._board = _Board(name, self._header(), 0)
+
+    def _header(self) -> dict:
+        buffers: dict[bytes, int] = {}
+        listed, places = [], {}
+        for item in self._manifest["tensors"]:
+            weight = self.source.weight(item["name"])
+            parts = [weight.base, weight.b, weight.a] if isinstance(weight, LowRank) else [weight]
+            places[item["name"]] = []
+            for t in parts:
+                if not t.is_contiguous():
+                    raise ValueError(f"refit: {item['name']} is not contiguous, and cannot be read by its handle.")
+                handle, begin, size = handle_of(t)
+                if handle not in buffers:
+                    buffers[handle] = len(buffers)
+                    listed.append({"kind": "cuda", "handle": handle.hex(), "bytes": size})
+                dtype = str(t.dtype).removeprefix("torch.")
+                place = {"buffer": buffers[handle], "begin": begin, "shape": list(t.shape), "dtype": dtype}
+                places[item["name"]].append(place)
+            if isinstance(weight, LowRank):
+                places[item["name"]].append({"scale": weight.scale})
+        return {"manifest": self._manifest, "buffers": listed, "places": places}
+
+    def publish(self, version: int) -> None:
+        """The parameters as they are now are `version`; readers that wait for it go on."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what is still being written is another version
+        self._board.tell(-1)
+        self._board.write(self._header())
+        self._board.tell(version)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class _Board:
+    """A rank's file: who owns it writes here. data: what is behind the header, (bytes,) uint8."""
+
+    def __init__(self, name: str, header: dict, data_bytes: int):
+        room = 2 * len(json.dumps(header)) + 4096  # the next epoch's may be longer
+        start = _data_start(FIXED.size + room)
+        self.path, self._room, self._header = FOLDER / (PREFIX + name), start - FIXED.size, None
+        self._file = _create(self.path, start + data_bytes)
+        self._memory, self._epoch = mmap.mmap(self._file, 0), -1
+        self.write(header)
+        self.tell(-1)
+        self.data = torch.frombuffer(self._memory, dtype=torch.uint8)[start:]
+        _give_name(self._file, self.path)
+        self.close = weakref.finalize(self, _remove, self.path, self._file, os.getpid())
+
+    def tell(self, version: int) -> None:
+        struct.pack_into("<q", self._memory, 0, version)
+
+    def write(self, header: dict) -> None:
+        """A new epoch, unless the header says what it said before."""
+        text = json.dumps(header | {"start": FIXED.size + self._room}).encode()
+        if text == self._header:
+            return
+        if len(text) > self._room:
+            raise RuntimeError(f"refit: a header of {len(text)} bytes, {self._room} were reserved; attach again")
+        self._header, self._epoch = text, self._epoch + 1
+        self._memory[FIXED.size : FIXED.size + len(text)] = text
+        FIXED.pack_into(self._memory, 0, -1, self._epoch, len(text))
 
 
 class SharedSource:
-    """The source of a refit: what all ranks have published, one name a rank in the order of the trainer's ranks."""
+    """The source of a refit: what all ranks have published, one name a rank in the order of the trainer's ranks.
 
-    def __init__(self, names: Sequence[str], timeout_s: float = 60.0):
+    device: that reads it.
+    """
+
+    def __init__(self, names: Sequence[str], timeout_s: float = 60.0, device: torch.device | str = "cpu"):
         self._paths = [FOLDER / (PREFIX + name) for name in names]
-        self._timeout_s, self._version = timeout_s, -1
+        self._timeout_s, self._version, self._device = timeout_s, -1, torch.device(device)
         deadline = time.monotonic() + timeout_s
-        self._ranks = [_attach(path, deadline) for path in self._paths]
+        self._ranks = [_attach(path, deadline, self._device) for path in self._paths]
         self._manifest = join([rank.manifest for rank in self._ranks])
 
     def manifest(self) -> dict:
@@ -80,13 +155,13 @@ class SharedSource:
     def wait(self, version: int) -> None:
         """Wait until every rank has published `version`, of which weight() then reads.
 
-        A rank that was started again is found again. Raises RuntimeError when one has died and stays dead, TimeoutError
-        when one takes too long.
+        A rank that was started again is found again, and what lies elsewhere now too. Raises RuntimeError when one has
+        died and stays dead, TimeoutError when one takes too long.
         """
         deadline = time.monotonic() + self._timeout_s
         for i, path in enumerate(self._paths):
             if not self._ranks[i].alive():
-                self._ranks[i] = _attach(path, deadline)
+                self._ranks[i] = _attach(path, deadline, self._device)
             while self._ranks[i].version() != version:
                 self._ranks[i].check_alive()
                 if time.monotonic() > deadline:
@@ -95,30 +170,43 @@ class SharedSource:
                         f"{version}; look at what that trainer rank is doing."
                     )
                 time.sleep(0.001)
+            if not self._ranks[i].current():
+                self._ranks[i] = _attach(path, deadline, self._device)
         self._manifest = join([rank.manifest for rank in self._ranks])
         self._version = version
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str) -> Tensor | LowRank:
         """The parameter `name`, i/… of rank i, as it lies in shared memory; nothing is copied."""
         rank, _, own = name.partition("/")
         return self._ranks[int(rank)].weight(own, self._version)
 
 
 class _Rank:
-    """One rank's file, mapped."""
+    """One rank's file, mapped, and the buffers that it names."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, device: torch.device):
         self.path = path
         self._file = os.open(path, os.O_RDWR)
         weakref.finalize(self, os.close, self._file)
         self._memory = mmap.mmap(self._file, 0)
-        _, length = FIXED.unpack_from(self._memory, 0)
+        _, self._epoch, length = FIXED.unpack_from(self._memory, 0)
         header = json.loads(self._memory[FIXED.size : FIXED.size + length])
-        self.manifest = header["manifest"]
-        self._tensors = _tensors(self._memory, length, self.manifest, header["offsets"])
+        self.manifest, buffers = header["manifest"], []
+        for buffer in header["buffers"]:
+            if buffer["kind"] == "file":
+                buffers.append(torch.frombuffer(self._memory, dtype=torch.uint8)[header["start"] :])
+                continue
+            opened, close = open_handle(bytes.fromhex(buffer["handle"]), buffer["bytes"], device)
+            weakref.finalize(self, close)
+            buffers.append(opened)
+        self._weights = {name: _weight(buffers, places) for name, places in header["places"].items()}
 
     def version(self) -> int:
         return FIXED.unpack_from(self._memory, 0)[0]
+
+    def current(self) -> bool:
+        """Whether everything lies where the header said that was read."""
+        return FIXED.unpack_from(self._memory, 0)[1] == self._epoch
 
     def alive(self) -> bool:
         return _locked(self._file)
@@ -127,7 +215,7 @@ class _Rank:
         if not self.alive():
             raise RuntimeError(f"refit: the process that published {self.path} has died; start that rank again")
 
-    def weight(self, name: str, version: int) -> Tensor:
+    def weight(self, name: str, version: int) -> Tensor | LowRank:
         size = os.fstat(self._file).st_size
         if size < len(self._memory):  # reading beyond the end would end this process
             raise ValueError(f"refit: source {self.path} is cut short: {size} bytes of {len(self._memory)}.")
@@ -137,22 +225,23 @@ class _Rank:
                 f"refit: {self.path} holds version {self.version()}, expected {version}; a rank may publish the next "
                 "version only when the sampler has committed this one"
             )
-        return self._tensors[name]
+        if not self.current():
+            raise RuntimeError(f"refit: what {self.path} publishes lies elsewhere now; ask for the version again")
+        return self._weights[name]
 
 
 def _num_bytes(item: dict) -> int:
     return torch.Size(item["shape"]).numel() * getattr(torch, item["dtype"]).itemsize
 
 
-def _tensors(memory: mmap.mmap, header: int, manifest: dict, offsets: dict[str, int]) -> dict[str, Tensor]:
-    """The parameters as views of the mapping, which live as long as it does."""
-    data = torch.frombuffer(memory, dtype=torch.uint8)[_data_start(FIXED.size + header) :]
-    return {
-        item["name"]: data[offsets[item["name"]] :][: _num_bytes(item)]
-        .view(getattr(torch, item["dtype"]))
-        .view(item["shape"])
-        for item in manifest["tensors"]
-    }
+def _tensor(buffer: Tensor, place: dict) -> Tensor:
+    """A parameter as a view of the buffer, which lives as long as it does."""
+    return buffer[place["begin"] :][: _num_bytes(place)].view(getattr(torch, place["dtype"])).view(place["shape"])
+
+
+def _weight(buffers: list[Tensor], places: list[dict]) -> Tensor | LowRank:
+    parts = [_tensor(buffers[place["buffer"]], place) for place in places if "buffer" in place]
+    return LowRank(*parts, places[-1]["scale"]) if len(parts) > 1 else parts[0]
 
 
 def _data_start(before: int) -> int:
@@ -169,11 +258,11 @@ def _locked(file: int) -> bool:
     return False
 
 
-def _attach(path: Path, deadline: float) -> _Rank:
+def _attach(path: Path, deadline: float, device: torch.device) -> _Rank:
     """Map a rank's file once it is there and its owner lives."""
     while True:
         try:
-            rank = _Rank(path)
+            rank = _Rank(path, device)
             if rank.alive():
                 return rank
             reason = "belongs to a process that has died"

@@ -280,7 +280,7 @@ def test_a_failure_after_the_first_write_poisons_until_all_is_written_again(pair
         write = execute.write
 
         def overtaken(*given):
-            trainer.published[0]._memory[:8] = (7).to_bytes(8, "little")
+            trainer.published[0]._board.tell(7)
             return write(*given)
 
         monkeypatch.setattr(execute, "write", overtaken)
