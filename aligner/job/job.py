@@ -11,7 +11,7 @@ from aligner.checkpoint import huggingface, training
 from aligner.checkpoint.model_folder import model_folder
 from aligner.data.encoder import Encoder
 from aligner.data.tokenizer import load_tokenizer
-from aligner.job.config import JobConfig
+from aligner.job.config import JobConfig, OnlineConfig
 from aligner.models import parallel
 from aligner.models.lora import LoRAConfig
 from aligner.models.network import OptimizerConfig
@@ -19,6 +19,8 @@ from aligner.models.parallel import NetworkPlan
 from aligner.models.policy import Policy
 from aligner.models.reward_model import attributes_of, reward_model_tensors
 from aligner.models.shape import ModelShape
+from aligner.refit import predict
+from aligner.refit.trtllm_layout import check_shape
 from aligner.run import config as options
 from aligner.run import distributed
 from aligner.run.directory import RunDirectory
@@ -56,8 +58,16 @@ class Job:
         c = self.config
         for plan in plans:
             parallel.check(c.parallel, plan.shape, "the model" if plan.name == "policy" else f"the {plan.name}")
+        engine = c.trtllm if isinstance(c, OnlineConfig) and c.sampler == "trtllm" else None
+        if engine:
+            check_shape(self.shape, engine.tensor)
         if c.dry_run:
-            print(parallel.describe(c.parallel, plans, distributed.world_size(), getattr(torch, c.dtype)))
+            dtype = getattr(torch, c.dtype)
+            print(parallel.describe(c.parallel, plans, distributed.world_size(), dtype))
+            if engine:
+                layout = {"tensor": c.parallel.tensor, "pipeline": c.parallel.pipeline, "ranks": engine.tensor}
+                rates = {"node_gb_s": engine.node_gb_s, "network_gb_s": engine.network_gb_s}
+                print(predict.describe(self.shape, source_dtype=dtype, dtype=torch.bfloat16, **layout, **rates))
         return c.dry_run
 
     def begin(self) -> None:
