@@ -23,7 +23,8 @@ from aligner.models.lora import LoRAConfig
 from aligner.models.policy import Policy
 from aligner.models.reward_model import RewardModel, attributes_of, reward_model_tensors
 from aligner.models.shape import ModelShape
-from aligner.refit.replica import PulledReplica, Replica
+from aligner.refit.pulled import PulledReplica
+from aligner.refit.replica import Replica
 from aligner.rollout.conversation import Dialogue, load_environment
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.scoring import Scored, Values, sample_and_score

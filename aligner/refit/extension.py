@@ -7,6 +7,7 @@ It imports torch and this package's operators, never Megatron-core, and knows of
 What it is told and what it answers is plain JSON.
 """
 
+import socket
 import time
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ from aligner.models.rope import Rope
 from aligner.models.shape import ModelShape
 from aligner.refit.gate import GoldenGate, layers
 from aligner.refit.plan import compile_plan
-from aligner.refit.shared import SharedSource
+from aligner.refit.pull import Pulled
 from aligner.refit.trtllm_layout import Survey, survey
 
 
@@ -27,18 +28,24 @@ class RefitExtension:
     Names begin with refit_ lest they clash with the worker's own.
     """
 
-    def refit_attach(self, shape: dict, names: list[str], timeout_s: float = 60.0) -> dict:
-        """Look at the live model, open what the trainer's ranks publish under `names`, and compile the plan.
+    def refit_where(self) -> dict:
+        """The machine that this rank is on."""
+        return {"host": socket.gethostname()}
 
-        shape: fields of models.shape.ModelShape, of the trainer's model.
+    def refit_attach(
+        self, shape: dict, ranks: list[dict], meeting: dict | None = None, timeout_s: float = 60.0
+    ) -> dict:
+        """Look at the live model, find the trainer's ranks, and compile the plan.
+
+        shape: fields of models.shape.ModelShape, of the trainer's model. ranks, meeting: as of refit.pull.Pulled.
         Returns rank, plan (its digest), copies, bytes, and the Hugging Face tensors that go by upstream's reload.
         """
         mapping = self.engine.model_engine.mapping
         self._refit_rank, tp = mapping.tp_rank, mapping.tp_size
         found = survey(self._refit_model(), _shape(shape), rank=self._refit_rank, ranks=tp)
-        self._refit_found, self._refit_source = found, SharedSource(names, timeout_s, self._refit_device())
+        self._refit_source = Pulled(ranks, meeting, self._refit_rank, self._refit_device(), timeout_s)
         plan = compile_plan(self._refit_source.manifest(), found.manifest)
-        self._refit_plan = GoldenGate(plan, self._refit_reload)
+        self._refit_found, self._refit_plan = found, GoldenGate(plan, found.manifest, self._refit_reload)
         self._refit_bindings = _bindings(found)
         self._refit_state, self._refit_asleep = Refitted(), False
         written = sum(t.numel() * t.element_size() for t in found.parameters.values())
@@ -83,6 +90,11 @@ class RefitExtension:
             self._refit_plan, self._refit_source, version, found.manifest, lambda: found.parameters, **shared
         )
         return self.refit_tell() | {"bytes": written, "seconds": time.time() - began}
+
+    def refit_end(self) -> dict:
+        """Whatever became of a refit: ranks that give over the network may go on."""
+        self._refit_source.end()
+        return self.refit_tell()
 
     def refit_tell(self) -> dict:
         state = self._refit_state

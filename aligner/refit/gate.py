@@ -1,32 +1,34 @@
 """Before the fast path is trusted: its first refit is held against upstream's own way of loading, bit by bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from aligner.models.weights import entry, manifest, window
 from aligner.refit import execute
-from aligner.refit.plan import Plan, Source, compile_plan
+from aligner.refit.plan import Plan, compile_plan
+from aligner.refit.pull import Pulled
 
 
 class GoldenGate:
     """A plan whose first execution must leave what `reload` leaves; afterwards it is the plan.
 
+    manifest: of the destination.
     reload: takes some whole Hugging Face tensors by name, and puts them where they belong in the destination. It is
         given a layer at a time.
     """
 
-    def __init__(self, plan: Plan, reload: Callable[[dict[str, Tensor]], None]):
-        self.plan, self._reload, self.passed = plan, reload, False
+    def __init__(self, plan: Plan, manifest: dict, reload: Callable[[dict[str, Tensor]], None]):
+        self.plan, self._manifest, self._reload, self.passed = plan, manifest, reload, False
 
-    def preflight(self, source: Source, manifest: dict, destination: dict[str, Tensor]) -> None:
-        self.plan.preflight(source, manifest, destination)
+    def preflight(self, source: Pulled, manifest: dict, destination: dict[str, Tensor]) -> None:
+        source.near(self.plan).preflight(source, manifest, destination)
 
-    def execute(self, source: Source, destination: dict[str, Tensor]) -> int:
+    def execute(self, source: Pulled, destination: dict[str, Tensor]) -> int:
         """As of Plan.execute. Raises RuntimeError, which names parameters, where the two ways differ."""
         if self.passed:
-            return self.plan.execute(source, destination)
+            return source.execute(self.plan, self._manifest, destination)
         names, into = list(self.plan.destinations), [destination[name] for name in self.plan.destinations]
         for tensors in layers(source, _behind(self.plan), into[0].device):
             self._reload(tensors)
@@ -36,7 +38,7 @@ class GoldenGate:
             for s in self.plan.destinations[name]["segments"]:
                 if not s["tensor"]:
                     window(tensor, s["at"], s["size"]).zero_()
-        written = self.plan.execute(source, destination)
+        written = source.execute(self.plan, self._manifest, destination)
         odd = (execute.checksums(self.plan.boxes, into) != wanted).nonzero().flatten().tolist()
         if odd:
             differing = sorted({names[self.plan.boxes[i, 1]] for i in odd})
@@ -54,20 +56,16 @@ def _behind(plan: Plan) -> list[str]:
     return list(found)
 
 
-def layers(source: Source, names: list[str], device: torch.device):
+def layers(source: Pulled, names: list[str], device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Whole Hugging Face tensors of the source, those of a layer at a time: what is fused comes together."""
     at: dict[str, list[str]] = {}
     for name in names:
         at.setdefault(".".join(name.split(".")[:3]) if name.startswith("model.layers.") else "", []).append(name)
+    given = source.manifest()
+    dtypes = {s["tensor"]: getattr(torch, item["dtype"]) for item in given["tensors"] for s in item["segments"]}
     for some in at.values():
-        plan, tensors = whole(source.manifest(), some, device)
-        plan.execute(source, tensors)
+        tensors = {name: torch.empty(given["model"][name], dtype=dtypes[name], device=device) for name in some}
+        entries = [entry(name, t, [(name, 0, len(t))]) for name, t in tensors.items()]
+        whole = manifest(given["model"], entries)
+        source.execute(compile_plan(given, whole), whole, tensors)
         yield tensors
-
-
-def whole(source: dict, names: list[str], device: torch.device) -> tuple[Plan, dict[str, Tensor]]:
-    """Room for whole Hugging Face tensors, and the plan that fills it from a source of this manifest."""
-    dtypes = {s["tensor"]: item["dtype"] for item in source["tensors"] for s in item["segments"]}
-    tensors = {n: torch.empty(source["model"][n], dtype=getattr(torch, dtypes[n]), device=device) for n in names}
-    entries = [entry(name, t, [(name, 0, len(t))]) for name, t in tensors.items()]
-    return compile_plan(source, manifest(source["model"], entries)), tensors

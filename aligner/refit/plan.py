@@ -6,9 +6,11 @@ planner intersects the boxes. A source is any object with `manifest()` and `weig
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from aligner.models.boxes import box_of, cover, move, size_of, volume, without, words
@@ -71,12 +73,32 @@ class Plan:
         Returns the bytes written. Raises RuntimeError when other bytes are read back; then, and when the source
         raises, the destination holds a mixture.
         """
+        if not self.copies:
+            return 0
         into = [destination[name] for name in self.destinations]
         written = execute.write(self.boxes, [source.weight(name) for name in self.sources], into)
         execute.verify(written, into, list(self.destinations))
         for name in self.sources:  # a source that went away or moved on while it was read says so now
             source.weight(name)
-        return sum(math.prod(c.size) * destination[c.destination].element_size() for c in self.copies)
+        return self.num_bytes()
+
+    def num_bytes(self) -> int:
+        """Of what is written."""
+        widths = {name: getattr(torch, item["dtype"]).itemsize for name, item in self.destinations.items()}
+        return sum(math.prod(c.size) * widths[c.destination] for c in self.copies)
+
+    def only(self, wanted: Callable[[str], bool]) -> "Plan":
+        """The copies of some sources, by name; of the same pair of manifests."""
+        copies = tuple(c for c in self.copies if wanted(c.source))
+        used = {c.source for c in copies}
+        sources = {name: item for name, item in self.sources.items() if name in used}
+        return Plan(
+            copies=copies,
+            digest=self.digest,
+            sources=sources,
+            destinations=self.destinations,
+            boxes=execute.box_table(copies, list(sources), list(self.destinations)),
+        )
 
 
 def pair_digest(source: dict, destination: dict) -> str:

@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Protocol
 
 import torch
@@ -11,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aligner.models.low_rank import LowRank
-from aligner.models.shape import ModelShape
 from aligner.models.weights import join
 from aligner.refit.plan import Plan, Source, compile_plan
-from aligner.refit.shared import ExportedWeights, SharedSource, SharedWeights
+from aligner.refit.shared import SharedSource, SharedWeights
 from aligner.run import distributed
 from aligner.run.distributed import agree, gather
 
@@ -50,7 +48,7 @@ class Replica:
         if len(ours) > 1 and len({host for *_, host, _ in ours}) > 1:
             self._source = _SentWeights(policy, ranks)
         elif len(ours) > 1:
-            self._source = _SharedWeights(policy, here, [_name(place, pid) for _, place, _, pid in ours])
+            self._source = _SharedWeights(policy, here, [replica_name(place, pid) for _, place, _, pid in ours])
         if here.leads:
             self.sampler = make_sampler()
             self._plan = compile_plan(self._source.manifest(), self.sampler.manifest())
@@ -68,55 +66,11 @@ class Replica:
         """Nothing is sampled until the next refit; this one's sampler has nothing to give back."""
 
 
-class Pulling(Protocol):
-    """An engine whose workers pull the weights: rollout.wire.EngineSampler."""
-
-    def attach(self, shape: dict, names: list[str]) -> list[dict]: ...
-
-    def pull(self, version: int) -> list[dict]: ...
-
-    def sleep(self) -> None: ...
-
-
-class PulledReplica:
-    """The same with an engine in processes of its own, whose workers read what all ranks of the replica publish.
-
-    shape: of the policy. open_engine: called on the rank that leads, with the replica's GPUs, none without CUDA.
-    shares: whether the engine is on those, and has to sleep while the trainer trains.
-    """
-
-    def __init__(self, policy: Source, shape: ModelShape, open_engine: Callable[[list[int]], Pulling], *, shares: bool):
-        here, self._shares = distributed.place(), shares
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        everyone = gather(lambda: (here, socket.gethostname(), os.getpid(), device))
-        replica = [each for each in everyone if each[0].data == here.data]
-        devices = [device for *_, device in replica if device is not None]
-        if len({host for _, host, _, _ in replica}) > 1:
-            raise ValueError(
-                "--sampler trtllm: the ranks of a replica are on several machines, and its engine reads their weights "
-                "from one machine's memory; make parallel.tensor x parallel.pipeline fit one machine."
-            )
-        self._own = agree(lambda: _publisher(_name(here, os.getpid()), policy) if here.context == 0 else None)
-        self.sampler = agree(lambda: open_engine(devices) if here.leads else None)
-        names = [_name(place, pid) for place, _, pid, _ in replica if place.context == 0]
-        agree(lambda: self.sampler and self.sampler.attach(asdict(shape), names))
-
-    def refit(self, version: int) -> None:
-        """The weights as they are now go into the engine, as `version`. Returns when all engines have them."""
-        agree(lambda: self._own and self._own.publish(version))
-        agree(lambda: self.sampler and self.sampler.pull(version))
-
-    def sleep(self) -> None:
-        """Nothing is sampled until the next refit."""
-        if self._shares:
-            agree(lambda: self.sampler and self.sampler.sleep())
-
-
 class _SharedWeights:
     """Every rank of a replica copies its weights into shared memory, where the leading one reads them."""
 
     def __init__(self, policy: Source, here: distributed.Place, names: list[str]):
-        self._own = SharedWeights(_name(here, os.getpid()), policy) if here.context == 0 else None
+        self._own = SharedWeights(replica_name(here, os.getpid()), policy) if here.context == 0 else None
         agree(lambda: None)  # all of them are there
         self._all = SharedSource(names) if here.leads else None
 
@@ -164,12 +118,6 @@ class _SentWeights:
         return self._policy.weight(own) if number == "0" else self._copies[name]
 
 
-def _publisher(name: str, policy: Source) -> SharedWeights | ExportedWeights:
-    """By handle where the weights are on a GPU, else as a copy in shared memory."""
-    first = policy.weight(policy.manifest()["tensors"][0]["name"])
-    on_gpu = (first.base if isinstance(first, LowRank) else first).is_cuda
-    return ExportedWeights(name, policy) if on_gpu else SharedWeights(name, policy)
-
-
-def _name(here: distributed.Place, pid: int) -> str:
+def replica_name(here: distributed.Place, pid: int) -> str:
+    """What a rank publishes its weights under."""
     return f"{pid}-{here.data}-{here.pipeline}-{here.tensor}"

@@ -147,18 +147,24 @@ class SharedSource:
         self._timeout_s, self._version, self._device = timeout_s, -1, torch.device(device)
         deadline = time.monotonic() + timeout_s
         self._ranks = [_attach(path, deadline, self._device) for path in self._paths]
-        self._manifest = join([rank.manifest for rank in self._ranks])
+        self._manifest = None
+
+    def manifests(self) -> list[dict]:
+        """What each rank has published."""
+        return [rank.manifest for rank in self._ranks]
 
     def manifest(self) -> dict:
+        if self._manifest is None:
+            self._manifest = join(self.manifests())
         return self._manifest
 
-    def wait(self, version: int) -> None:
-        """Wait until every rank has published `version`, of which weight() then reads.
+    def wait(self, version: int) -> bool:
+        """Wait until every rank has published `version`, of which weight() then reads. Returns whether any was lost.
 
         A rank that was started again is found again, and what lies elsewhere now too. Raises RuntimeError when one has
         died and stays dead, TimeoutError when one takes too long.
         """
-        deadline = time.monotonic() + self._timeout_s
+        deadline, before = time.monotonic() + self._timeout_s, list(self._ranks)
         for i, path in enumerate(self._paths):
             if not self._ranks[i].alive():
                 self._ranks[i] = _attach(path, deadline, self._device)
@@ -172,8 +178,9 @@ class SharedSource:
                 time.sleep(0.001)
             if not self._ranks[i].current():
                 self._ranks[i] = _attach(path, deadline, self._device)
-        self._manifest = join([rank.manifest for rank in self._ranks])
-        self._version = version
+        self._version, lost = version, self._ranks != before
+        self._manifest = None if lost else self._manifest
+        return lost
 
     def weight(self, name: str) -> Tensor | LowRank:
         """The parameter `name`, i/… of rank i, as it lies in shared memory; nothing is copied."""

@@ -186,12 +186,16 @@ class TrtllmSampler:
         sampler._llm = asyncio.run_coroutine_threadsafe(make(), sampler._loop).result()
         return sampler
 
-    def attach(self, shape: dict, names: list[str]) -> list[dict]:
+    def where(self) -> list[str]:
+        """The machines that the ranks are on."""
+        return [t["host"] for t in self._all("refit_where")]
+
+    def attach(self, shape: dict, ranks: list[dict], meeting: dict | None = None) -> list[dict]:
         """Let every rank compile its plan; arguments as of refit.extension. Returns what the ranks say.
 
         Raises ValueError unless all of them answer.
         """
-        told = self._all("refit_attach", shape, names)
+        told = self._all("refit_attach", shape, ranks, meeting)
         self._plans = [t["plan"] for t in sorted(told, key=lambda t: t["rank"])]
         return told
 
@@ -206,9 +210,12 @@ class TrtllmSampler:
         deadline = time.time() + self._config.drain_s
         with self._alone(deadline):
             again = bool(self.refusal) and self.weights_version >= 0
-            self._all("refit_ready", version, self._plans, again=again)
-            self._wake(self._features.weights)
-            told = self._refit(version, deadline, again)
+            try:
+                self._all("refit_ready", version, self._plans, again=again)
+                self._wake(self._features.weights)
+                told = self._refit(version, deadline, again)
+            finally:
+                self._each("refit_end")
             self._wake(self._features.cache)
             return told
 

@@ -133,9 +133,9 @@ class _Call:
             for response in self._stream:
                 self._messages.put({"response": asdict(response), "version": self._sampler.weights_version})
             return None
-        if method in ("attach", "pull", "sleep"):
+        if method in ("where", "attach", "pull", "sleep"):
             return getattr(self._sampler, method)(**given)
-        raise ValueError(f"engine: asked for {method!r}, expected describe, stream, attach, pull or sleep.")
+        raise ValueError(f"engine: asked for {method!r}, expected describe, stream, where, attach, pull or sleep.")
 
     def watch(self, connection: Connection) -> None:
         """Wait for who asks to leave, and cancel then."""
@@ -161,9 +161,12 @@ class EngineSampler:
         """What serves: model, tensor ranks, version of TensorRT-LLM."""
         return self._ask("describe")
 
-    def attach(self, shape: dict, names: list[str]) -> list[dict]:
-        """As of rollout.trtllm.TrtllmSampler; so are pull() and sleep()."""
-        return self._ask("attach", shape=shape, names=names)
+    def where(self) -> list[str]:
+        """As of rollout.trtllm.TrtllmSampler; so are attach(), pull() and sleep()."""
+        return self._ask("where")
+
+    def attach(self, shape: dict, ranks: list[dict], meeting: dict | None = None) -> list[dict]:
+        return self._ask("attach", shape=shape, ranks=ranks, meeting=meeting)
 
     def pull(self, version: int) -> list[dict]:
         told = self._ask("pull", version=version)

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import socket
 import subprocess
 import time
 import uuid
@@ -81,6 +82,10 @@ class Trainer:
         self.ranks = [kind(SMALL, tp, pp, rank) for rank in range(tp * pp)]
         self.names = [f"test-{uuid.uuid4().hex}" for _ in self.ranks]
         self.published = [ExportedWeights(*pair) for pair in zip(self.names, self.ranks, strict=True)]
+
+    @property
+    def told(self) -> list[dict]:
+        return [{"host": socket.gethostname(), "name": name, "manifest": None} for name in self.names]
 
     def publish(self, full: dict, version: int) -> None:
         for rank, published in zip(self.ranks, self.published, strict=True):

@@ -1,5 +1,6 @@
 """Refit into a stand-in of TensorRT-LLM's engine: against its own reload and transformers, and through faults."""
 
+import socket
 import threading
 import time
 import uuid
@@ -64,6 +65,11 @@ class Trainer:
         self.names = [f"test-{uuid.uuid4().hex}" for _ in self.ranks]
         self.published = [SharedWeights(*pair) for pair in zip(self.names, self.ranks, strict=True)]
 
+    @property
+    def told(self) -> list[dict]:
+        """Of the ranks, as refit.pull.Pulled is told."""
+        return [{"host": socket.gethostname(), "name": name, "manifest": None} for name in self.names]
+
     def publish(self, full: dict, version: int) -> None:
         for rank, published in zip(self.ranks, self.published, strict=True):
             rank.step(full)
@@ -76,7 +82,7 @@ class Trainer:
 
 def attach(engine: Engine, trainer: Trainer) -> str:
     """The plan's digest, of all ranks."""
-    told = [f.result(SOON) for f in engine.rpc("refit_attach", asdict(engine.shape), trainer.names, 1.0)]
+    told = [f.result(SOON) for f in engine.rpc("refit_attach", asdict(engine.shape), trainer.told, None, 1.0)]
     assert [t["rank"] for t in told] == list(range(len(told)))
     return [t["plan"] for t in told]
 
@@ -300,7 +306,7 @@ def test_modules_that_must_not_be_written_go_by_reload(tmp_path):
     for worker in engine.workers:
         worker.model.model.layers[1].mlp.gate_up_proj.quant_method = FP8BlockScalesLinearMethod()
     try:
-        told = [f.result(SOON) for f in engine.rpc("refit_attach", asdict(engine.shape), trainer.names, 1.0)]
+        told = [f.result(SOON) for f in engine.rpc("refit_attach", asdict(engine.shape), trainer.told, None, 1.0)]
         names = [f"model.layers.1.mlp.{c}_proj.weight" for c in ("gate", "up")]
         assert [t["reloaded"] for t in told] == [names] * 2
         trainer.publish(after(1), 1)
@@ -321,14 +327,14 @@ def test_engines_that_cannot_be_refitted_are_told_all_at_once():
         model.layers[0].mlp.register_buffer("scale_of_something", torch.ones(3))
         model.layers[1].self_attn.o_proj.weight = nn.Parameter(torch.zeros(8, 9))
         with pytest.raises(ValueError) as error:
-            engine.workers[0].refit_attach(asdict(engine.shape), trainer.names, 1.0)
+            engine.workers[0].refit_attach(asdict(engine.shape), trainer.told, None, 1.0)
         said = str(error.value)
         assert "2 things of the engine fit no refit" in said
         assert "model.layers.0.mlp.scale_of_something [3] is no part of the model" in said
         assert "o_proj.weight: segments fill 8 columns, expected 9" in said
         other = shape_of(Model(**vars(SMALL) | {"vocab": 22}))
         with pytest.raises(ValueError, match="both sides must hold the same model"):
-            engine.workers[1].refit_attach(asdict(other), trainer.names, 1.0)
+            engine.workers[1].refit_attach(asdict(other), trainer.told, None, 1.0)
     finally:
         trainer.close()
     with pytest.raises(ValueError) as error:

@@ -197,7 +197,7 @@ def setup():
     sampler = TrtllmSampler(llm, api("main"), EngineConfig(tensor=2, max_batch=2, drain_s=0.5))
     with pytest.raises(RuntimeError, match="no weights have come yet"):
         next(sampler.stream([[1]], Sampling()))
-    sampler.attach(asdict(engine.shape), trainer.names)
+    sampler.attach(asdict(engine.shape), trainer.told)
     trainer.publish(after(0), 0)
     sampler.pull(0)
     yield sampler, llm, trainer

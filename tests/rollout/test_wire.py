@@ -55,7 +55,7 @@ class Setup:
 def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     made = Setup(save_model(folder / "m", "llama", vocab_size=51), engine_python(folder), folder / "engine.log")
-    made.engine.attach(asdict(made.shape), made.trainer.names)
+    made.engine.attach(asdict(made.shape), made.trainer.told)
     made.step()
     yield made
     made.trainer.close()
@@ -137,7 +137,7 @@ def test_an_engine_at_an_address_and_its_end(setup, tmp_path):
     with pytest.raises(TimeoutError, match="had 0.3 s to start"):
         elsewhere.wait_until_ready(0.3)
     second = Setup(setup.folder, engine_python(tmp_path), tmp_path / "log")
-    second.engine.attach(asdict(second.shape), second.trainer.names)
+    second.engine.attach(asdict(second.shape), second.trainer.told)
     second.step()
     failed = []
 
