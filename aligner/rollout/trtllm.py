@@ -251,6 +251,7 @@ class TrtllmSampler:
         try:
             self._wait(self._llm.resume([tag]))
         except Exception as error:
+            self.refusal = f"its {tag} found no memory to wake up in"
             raise RuntimeError(
                 f"sampler: {tag} found no memory to wake up in ({error}); lower --trtllm.kv-fraction, or give the "
                 "trainer less of the GPU."

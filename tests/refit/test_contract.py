@@ -204,7 +204,7 @@ def test_the_engine_s_side_needs_no_megatron():
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in ('megatron', 'transformers', 'tensorrt_llm'): raise ImportError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
-        "import aligner.refit.extension\n"
+        "import aligner.refit.extension, aligner.trtllm\n"
     )
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

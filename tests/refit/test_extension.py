@@ -15,9 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from aligner.checkpoint.huggingface import Weights
+from aligner.models.low_rank import LowRank
 from aligner.models.rope import Rope
 from aligner.models.shape import ModelShape
-from aligner.models.weights import manifest, megatron_entry
+from aligner.models.weights import manifest, megatron_entry, window
 from aligner.refit import execute
 from aligner.refit.shared import SharedWeights
 from aligner.refit.trtllm_layout import check_shape
@@ -124,23 +125,64 @@ def cases(draw):
     )
     ranks = draw(st.sampled_from([1, 2, 4]))
     bias = ranks <= kv_heads and draw(st.booleans())
-    return Model(**vars(m) | {"bias": bias}), draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), ranks
+    whole = Model(**vars(m) | {"bias": bias})
+    return whole, draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2])), ranks, draw(st.booleans())
+
+
+def adapt(trainer: Trainer, full: dict) -> None:
+    """Put adapters on every linear layer of a trainer. Integers, so that sums are exact and bits can be compared."""
+    for name, t in full.items():
+        full[name] = t.mul(8).round()
+    for rank in trainer.ranks:
+        plain, adapters, g = rank.weight, {}, torch.Generator().manual_seed(rank.place[2])
+
+        def weight(name: str, rank=rank, plain=plain, adapters=adapters, g=g):
+            base = plain(name)
+            if "linear" not in name or base.dim() == 1:
+                return base
+            if name not in adapters:
+                adapters[name] = (
+                    torch.randint(-2, 3, (base.shape[0], 2), generator=g).float(),
+                    torch.randint(-2, 3, (2, base.shape[1]), generator=g).float(),
+                )
+            return LowRank(base, *adapters[name], 2.0)
+
+        rank.weight = weight
+
+
+def merged(trainer: Trainer, m: Model, full: dict) -> dict:
+    """The checkpoint of a trainer under adapters, read back through its manifests, by the slice."""
+    found = {name: torch.full_like(t, torch.nan) for name, t in full.items()}
+    for rank in trainer.ranks:
+        for item in rank.manifest()["tensors"]:
+            w = rank.weight(item["name"])
+            w = w.base.double() + w.scale * w.b.double() @ w.a.double() if isinstance(w, LowRank) else w
+            for s in item["segments"]:
+                if s["tensor"]:
+                    window(found[s["tensor"]], s["start"], s["size"]).copy_(window(w, s["at"], s["size"]))
+    assert not any(t.isnan().any() for t in found.values())
+    return found
 
 
 @hypothesis.settings(deadline=None, max_examples=25)
 @hypothesis.given(cases())
 def test_every_layout_is_what_reload_makes_of_it(case):
     """Bit by bit, and read at the addresses that were captured before."""
-    m, tp, pp, ranks = case
+    m, tp, pp, ranks, adapted = case
     engine, trainer = Engine(shape_of(m), ranks), Trainer(m, tp, pp)
     try:
         full = checkpoint(m)
+        if adapted:
+            adapt(trainer, full)
+            for rank in trainer.ranks:
+                rank.step(full)
         plans = attach(engine, trainer)
         trainer.publish(full, 0)
         told = refit(engine, 0, plans)
         assert [(t["version"], t["state"]) for t in told] == [(0, "idle")] * ranks
         assert engine.executor.resets == ranks
-        for mine, theirs in zip(stored(engine), reloaded(m, full, ranks), strict=True):
+        wanted = merged(trainer, m, full) if adapted else full
+        for mine, theirs in zip(stored(engine), reloaded(m, wanted, ranks), strict=True):
             for name, wanted in theirs.items():
                 rows = wanted.abs().flatten(1).amax(1) > 1e-3 if "embed" in name or "lm_head" in name else slice(None)
                 assert torch.equal(mine[name][rows], wanted[rows]), name

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from aligner.models.shape import ModelShape
 from aligner.rollout.sampling import Sampling
 from aligner.rollout.trtllm import EngineConfig, TrtllmSampler, engine_arguments, load_api, sampling_params
 from tests.conftest import save_model
+from tests.refit.layouts import Model
+from tests.refit.test_extension import Trainer
 from tests.rollout.test_trtllm import facts
 
 PROMPTS = [[3, 17, 50, 4], [9], [22, 8, 30, 31, 5, 6, 7, 40], [11, 3]]
@@ -193,3 +196,78 @@ def test_what_upstream_would_refuse(make, api, folder: Path):
     for name in ("release", "resume", "collective_rpc", "setup_async"):
         wanted = [p.partition("=")[0] for p in facts("main", "AsyncLLM")["methods"][name]["parameters"]]
         assert ["self", *inspect.signature(getattr(llm, name)).parameters] == wanted
+
+
+@pytest.fixture
+def fed(make, folder: Path):
+    """(sampler, llm, what gives the engine a version): an engine of two ranks with a trainer of its own."""
+    sampler, llm = make(folder, 2)
+    shape = ModelShape.from_folder(folder)
+    names = ("num_layers", "hidden", "ffn", "heads", "kv_heads", "head_dim", "vocab", "tied")
+    trainer = Trainer(Model(**{n: getattr(shape, n) for n in names}, qk_norm=shape.qk_norm), 2, 1)
+    sampler.weights_version = -1
+    sampler.attach(asdict(shape), trainer.told)
+    read = Weights(folder, shape.tensors())
+    full = {name: read(name) for name in shape.tensors()}
+
+    def give(version: int) -> None:
+        trainer.publish(full, version)
+        sampler.pull(version)
+
+    yield sampler, llm, give
+    trainer.close()
+
+
+GREEDY = Sampling(temperature=0, max_tokens=4)
+
+
+@pytest.mark.parametrize("tag", ["model_weights", "kv_cache"])
+def test_an_engine_that_finds_no_memory_to_wake_up_in(fed, tag: str):
+    """It says what to lower, samples nothing, and wakes up when there is memory again."""
+    sampler, llm, give = fed
+    give(0)
+    wanted = sampler.generate(PROMPTS, GREEDY)
+    sampler.sleep()
+    llm.fail_resume = {tag}
+    with pytest.raises(RuntimeError, match=f"{tag} found no memory to wake up in .CUDA out of memory.; lower --trtllm"):
+        give(1)
+    with pytest.raises(RuntimeError, match="refit all of them"):
+        sampler.generate(PROMPTS, GREEDY)
+    give(2)
+    again = sampler.generate(PROMPTS, GREEDY)
+    assert torch.equal(again.tokens_N, wanted.tokens_N) and again.weights_version == 2
+
+
+def test_a_refit_of_an_engine_that_sleeps(fed):
+    """A worker writes into no memory that was released, whoever tells it to."""
+    sampler, llm, give = fed
+    give(0)
+    sampler.sleep()
+    plans = sampler._plans
+    for worker in llm.workers:
+        worker._refit_source.wait = lambda version: False
+        with pytest.raises(ValueError, match="the engine's weights are released; wake them first"):
+            worker.refit(1, plans, deadline=time.time() + 5)
+    assert all(torch.isnan(p).all() for worker in llm.workers for p in worker.model.parameters())
+
+
+def test_a_layout_that_upstream_has_otherwise_fails_the_golden_gate(fed):
+    """Upstream's reload puts up before gate: the plan would be wrong, and is never used."""
+    sampler, llm, give = fed
+    for worker in llm.workers:
+        loader = worker.engine.model_engine.model_loader
+        whole = loader.reload
+
+        def swapped(model, weights, allow_partial_loading=False, whole=whole):
+            names = {name: name.replace("gate_proj", "x").replace("up_proj", "gate_proj") for name in weights}
+            weights = {names[name].replace(".x.", ".up_proj."): t for name, t in weights.items()}
+            whole(model, weights, allow_partial_loading=allow_partial_loading)
+
+        loader.reload = swapped
+    layers = ModelShape.from_folder(llm.args.model).num_layers
+    words = f"{layers} parameters differ from what TensorRT-LLM's own reload makes .* model.layers.0.mlp.gate_up_proj"
+    for version in (0, 1):  # the second time too
+        with pytest.raises(RuntimeError, match=words):
+            give(version)
+        with pytest.raises(RuntimeError, match="refit all of them"):
+            sampler.generate(PROMPTS, GREEDY)
