@@ -33,10 +33,10 @@ test-distributed-full: setup
 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh bindings/*.h bindings/*.cpp csrc/engine/*.h csrc/engine/*.cpp bindings/engine/*.cpp tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
 
-# On a machine with an NVIDIA GPU and a CUDA torch: the operators' tests once more, on the GPU.
+# On a machine with an NVIDIA GPU and a CUDA torch: the operators' tests once more, on the GPU, and memory by its handles.
 test-gpu: setup
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'test-gpu needs a CUDA torch and a GPU'"
-	$(BIN)/python -m pytest tests/ops -k "gpu or triton"
+	$(BIN)/python -m pytest tests/ops tests/refit/test_live.py -k "gpu or triton"
 
 lint: setup
 	$(BIN)/ruff check .
