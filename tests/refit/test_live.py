@@ -1,6 +1,7 @@
 """Against the real thing: needs a GPU, and, for what is marked trtllm_live, an environment with TensorRT-LLM.
 
-make test-gpu runs the first part; `pytest -m trtllm_live tests/refit/test_live.py` the second, in the engine's environment.
+make test-gpu runs the first part, `pytest -m trtllm_live tests/refit/test_live.py` the second, in the engine's
+environment.
 """
 
 import importlib.util
@@ -80,7 +81,7 @@ def test_the_facts_are_those_of_the_installed_version():
     from aligner.rollout.trtllm import check_version
 
     folder = Path(importlib.util.find_spec("tensorrt_llm").origin).parent
-    version = re.search(r'"(.*)"', (folder / "version.py").read_text())[1]
+    version = re.search(r'__version__ = "(.*)"', (folder / "version.py").read_text())[1]
     check_version(version)
     found = tool().extract(folder.parent, version)
     nearest = "1.2.1" if version.startswith("1.2") else "main"
