@@ -17,9 +17,9 @@ from aligner.refit.slots import Group, Receiver
 class Pulled:
     """The source of an engine rank's refits; rank i's parameters are called i/….
 
-    ranks: of the trainer, each with its `host` and the `name` that it publishes under, or, for other hosts, its
-        `manifest`. meeting: `host` and `port` of the store where both sides meet, and `engines`; None where all are
-        here.
+    ranks: of the trainer, each with its `host`, the `name` that it publishes under, and its `manifest` where some
+        engine rank is on another host. meeting: `host` and `port` of the store where both sides meet, and `engines`;
+        None where all are on one host.
     rank: of this engine's. device: of its weights.
     """
 

@@ -5,7 +5,6 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -20,8 +19,6 @@ from aligner.refit.shared import ExportedWeights, SharedWeights
 from aligner.refit.slots import Group, Sender
 from aligner.run import distributed
 from aligner.run.distributed import agree, gather
-
-PATIENCE_S = 300.0  # of a message between trainer and engine: longer than an engine waits for its requests to end
 
 
 class Pulling(Protocol):
@@ -58,7 +55,7 @@ class PulledReplica:
         gives = here.context == 0  # context-parallel ranks hold the same weights
         near = gives and host in engines
         self._own = agree(lambda: _publisher(replica_name(here, os.getpid()), policy) if near else None)
-        told = {"host": host, "name": replica_name(here, os.getpid()), "manifest": None if near else policy.manifest()}
+        told = {"host": host, "name": replica_name(here, os.getpid()), "manifest": None}
         ranks = [(r, t) for r, (data, g, t) in enumerate(gather(lambda: (here.data, gives, told)))
                  if data == here.data and g]  # fmt: skip
         if any(at != t["host"] for at in engines for _, t in ranks):
@@ -68,13 +65,13 @@ class PulledReplica:
 
     def _meet(self, policy: Source, shape: ModelShape, ranks: list[int], told: list[dict], engines: int, gives: bool):
         """Make a group with the engine's ranks, which attach at the same time."""
-        here, patience, store = distributed.place(), timedelta(seconds=PATIENCE_S), None
-        host = "127.0.0.1" if len({t["host"] for t in told}) == 1 else socket.gethostname()
+        here, patience, store = distributed.place(), distributed.PATIENCE, None
         if here.leads:
             store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=patience)
-        places = gather(lambda: (here.data, {"host": host, "port": store.port, "engines": engines} if store else None))
-        meeting = next(m for data, m in places if data == here.data and m)
+        place = {"host": socket.gethostname(), "port": store.port, "engines": engines} if store else None
+        meeting = next(m for data, m in gather(lambda: (here.data, place)) if data == here.data and m)
         manifests = gather(policy.manifest)
+        told = [t | {"manifest": manifests[rank]} for rank, t in zip(ranks, told, strict=True)]
         attaching = _Meanwhile(lambda: self.sampler and self.sampler.attach(asdict(shape), told, meeting))
 
         def make() -> Sender | None:
