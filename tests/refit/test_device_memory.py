@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import socket
 import subprocess
 import time
 import uuid
@@ -15,7 +14,7 @@ from aligner.models.low_rank import LowRank
 from aligner.refit import device_memory
 from aligner.refit.shared import ExportedWeights, SharedSource
 from tests.refit.standin import Engine
-from tests.refit.test_extension import SMALL, TrainerRank, after, attach, is_at, refit, shape_of
+from tests.refit.test_extension import SMALL, Trainer, TrainerRank, after, attach, is_at, refit, shape_of
 
 HERE = Path(__file__).parent
 
@@ -74,32 +73,15 @@ class OnDevice(TrainerRank):
         return self.placed[name]
 
 
-class Trainer:
-    """Like the other tests' trainer, by handle."""
-
-    def __init__(self, device: Device, tp: int, pp: int):
-        kind = type("Rank", (OnDevice,), {"device": device, "adapters": {}})
-        self.ranks = [kind(SMALL, tp, pp, rank) for rank in range(tp * pp)]
-        self.names = [f"test-{uuid.uuid4().hex}" for _ in self.ranks]
-        self.published = [ExportedWeights(*pair) for pair in zip(self.names, self.ranks, strict=True)]
-
-    @property
-    def told(self) -> list[dict]:
-        return [{"host": socket.gethostname(), "name": name, "manifest": None} for name in self.names]
-
-    def publish(self, full: dict, version: int) -> None:
-        for rank, published in zip(self.ranks, self.published, strict=True):
-            rank.step(full)
-            published.publish(version)
-
-    def close(self) -> None:
-        for published in self.published:
-            published.close()
+def on_device(device: Device, tp: int, pp: int) -> Trainer:
+    """A trainer that publishes by handle."""
+    rank = type("Rank", (OnDevice,), {"device": device, "adapters": {}})
+    return type("OnDeviceTrainer", (Trainer,), {"rank": rank, "publisher": ExportedWeights})(SMALL, tp, pp)
 
 
 @pytest.fixture
 def trainer(device):
-    yield (made := Trainer(device, 2, 2))
+    yield (made := on_device(device, 2, 2))
     made.close()
 
 
@@ -189,7 +171,7 @@ def test_parameters_that_moved_are_a_new_epoch(device, trainer):
 
 
 def test_weights_that_cannot_be_exported(device):
-    rank = Trainer(device, 1, 1).ranks[0]
+    rank = on_device(device, 1, 1).ranks[0]
     name = next(n for n, t in rank.held.items() if t.dim() == 2)
     rank.placed[name] = rank.placed[name].T.contiguous().T
     with pytest.raises(ValueError, match="is not contiguous, and cannot be read by its handle"):

@@ -61,10 +61,12 @@ class TrainerRank:
 class Trainer:
     """All ranks of a trainer, which publish in shared memory; closed by the test."""
 
+    rank, publisher = TrainerRank, SharedWeights
+
     def __init__(self, m: Model, tp: int, pp: int):
-        self.ranks = [TrainerRank(m, tp, pp, rank) for rank in range(tp * pp)]
+        self.ranks = [self.rank(m, tp, pp, rank) for rank in range(tp * pp)]
         self.names = [f"test-{uuid.uuid4().hex}" for _ in self.ranks]
-        self.published = [SharedWeights(*pair) for pair in zip(self.names, self.ranks, strict=True)]
+        self.published = [self.publisher(*pair) for pair in zip(self.names, self.ranks, strict=True)]
 
     @property
     def told(self) -> list[dict]:
