@@ -311,7 +311,7 @@ def test_a_rank_that_is_not_told(pair):
     assert [f.result(SOON)["version"] for f in (first, second)] == [1, 1] and is_at(engine, 1)
 
 
-@pytest.mark.parametrize("fault", ["byte", "source"])
+@pytest.mark.parametrize("fault", ["byte", "overtaken", "dead"])
 def test_a_failure_after_the_first_write_poisons_until_all_is_written_again(pair, monkeypatch, fault: str):
     engine, trainer, plans = pair
     trainer.publish(after(1), 1)
@@ -326,20 +326,22 @@ def test_a_failure_after_the_first_write_poisons_until_all_is_written_again(pair
 
         monkeypatch.setattr(execute, "verify", flip)
         words = "pieces read back other than they were written"
-    else:  # the trainer's next version comes while the engine copies
+    else:  # the trainer's next version comes while the engine copies, or the trainer goes away
         write = execute.write
 
-        def overtaken(*given):
-            trainer.published[0]._board.tell(7)
+        def interrupted(*given):
+            trainer.published[0]._board.tell(7) if fault == "overtaken" else trainer.published[0].close()
             return write(*given)
 
-        monkeypatch.setattr(execute, "write", overtaken)
-        words = "holds version 7, expected 1"
+        monkeypatch.setattr(execute, "write", interrupted)
+        words = "holds version 7, expected 1" if fault == "overtaken" else "has died; start that rank again"
     with pytest.raises(RuntimeError, match=words):
         refit(engine, 1, plans)
     monkeypatch.undo()
     poisoned = [w.refit_tell() for w in engine.workers if w.refit_tell()["refusal"]]
     assert poisoned and all(t["state"] == "poisoned" and "is a mixture" not in t["refusal"] for t in poisoned)
+    if fault == "dead":
+        trainer.published[0] = SharedWeights(trainer.names[0], trainer.ranks[0])
     trainer.publish(after(1), 1)
     told = refit(engine, 1, plans, again=True)  # also on the rank that had it
     assert [(t["version"], t["state"], t["refusal"]) for t in told] == [(1, "idle", "")] * 2 and is_at(engine, 1)

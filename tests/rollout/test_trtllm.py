@@ -105,6 +105,11 @@ def test_every_version_is_called_as_it_is_written(version: str):
     """collective_rpc, generate_async, what a request and its output have."""
     rpc = facts(version, "AsyncLLM")["methods"]["collective_rpc"]["parameters"]
     assert rpc[:4] == ["self", "method", "args=()", "kwargs=None"]
+    methods = facts(version, "AsyncLLM")["methods"]
+    assert "__await__" in methods and all(
+        methods[name]["parameters"][1].partition("=")[0] == "tags" for name in ("release", "resume")
+    )
+    assert {"MODEL_ENGINE_MAIN", "KV_CACHE"} <= facts(version, "ExecutorMemoryType")["fields"].keys()
     assert facts(version, "BaseLLM")["methods"]["generate_async"]["parameters"][1:3] == [
         "inputs",
         "sampling_params=None",
@@ -248,6 +253,18 @@ def test_a_stream_that_is_closed_cancels_the_rest(setup):
     assert any(request.aborted for request in llm.requests)
     sampler.pull(1)
     assert sampler.weights_version == 1 and is_at(llm.engine, 1)
+
+
+def test_responses_that_nobody_takes_hold_back_new_requests(setup):
+    """Twice the batch of two, whether in flight or waiting to be read."""
+    sampler, llm, _ = setup
+    stream = sampler.stream(PROMPTS, Sampling(max_tokens=1), 5)
+    end = time.monotonic() + 10
+    while not (len(llm.requests) == 4 and all(r.finished for r in llm.requests)) and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(llm.requests) == 4 and all(r.finished for r in llm.requests)
+    assert len(list(stream)) == 15 == len(llm.requests)
 
 
 def test_new_requests_wait_while_weights_come(setup):
