@@ -4,179 +4,179 @@
 
 namespace aligner::ALIGNER_ISA {
 
-template <class S, class D>
-static void cast_run(const RefitItem& item, const void* from, void* to, int64_t count) {
-  const auto* s = static_cast<const typename S::T*>(from);
-  auto* d = static_cast<typename D::T*>(to);
-  const vfloat one = splat(item.add_one ? 1.f : 0.f);
-  for (int64_t i = 0; i < count; i += LANES) {
-    vfloat v = load_some<S>(s + i, count - i, 0.f);
-    if (item.add_one) v += one;  // -0 + 0 would lose its sign
-    store_some<D>(d + i, v, count - i);
-  }
-}
-
-// One stretch of a row.
-static void copy_run(const RefitItem& item, const void* from, void* to, int64_t count) {
-  if (item.source_dtype == item.destination_dtype && !item.add_one) {
-    memcpy(to, from, count * dtype_bytes(item.source_dtype));
-    return;
-  }
-  with_dtype(item.source_dtype, [&](auto s) {
-    with_dtype(item.destination_dtype, [&](auto d) { cast_run<decltype(s), decltype(d)>(item, from, to, count); });
-  });
-}
-
-template <class T>
-static uint64_t checksum_by_one(const T* x, int64_t count, int64_t first) {
-  uint64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += uint64_t(x[i]) * uint32_t(2 * (first + i) + 1);
-  return sum;
-}
-
-#if defined(__AVX512F__)
-typedef __m512i vbits;
-ALIGNER_INLINE vbits load_bits(const uint32_t* p) { return _mm512_loadu_si512(p); }
-ALIGNER_INLINE void stream_bits(uint32_t* p, vbits v) { _mm512_stream_si512((__m512i*)p, v); }
-ALIGNER_INLINE vbits odd_to_even(vbits v) { return _mm512_srli_epi64(v, 32); }
-ALIGNER_INLINE vbits multiply_even(vbits a, vbits b) { return _mm512_mul_epu32(a, b); }
-#elif defined(__AVX2__)
-typedef __m256i vbits;
-ALIGNER_INLINE vbits load_bits(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-ALIGNER_INLINE void stream_bits(uint32_t* p, vbits v) { _mm256_stream_si256((__m256i*)p, v); }
-ALIGNER_INLINE vbits odd_to_even(vbits v) { return _mm256_srli_epi64(v, 32); }
-ALIGNER_INLINE vbits multiply_even(vbits a, vbits b) { return _mm256_mul_epu32(a, b); }
-#endif
-
-#if defined(__AVX2__)
 typedef uint64_t vlong __attribute__((vector_size(LANES * 4)));
 
-// The checksum of `count` elements from `first` on, a multiple of LANES; with `to`, they also go there, past the
-// caches.
-template <bool stream>
-static uint64_t checksum_vectors(const uint32_t* x, uint32_t* to, int64_t count, int64_t first) {
-  vlong even, odd, sum{};
-  for (int64_t i = 0; i < LANES / 2; ++i) {
-    even[i] = uint64_t(2 * (first + 2 * i) + 1);
-    odd[i] = even[i] + 2;
-  }
-  for (int64_t i = 0; i < count; i += LANES) {
-    const vbits v = load_bits(x + i);
-    if constexpr (stream) stream_bits(to + i, v);
-    sum += (vlong)multiply_even(v, (vbits)even) + (vlong)multiply_even(odd_to_even(v), (vbits)odd);
-    even += 2 * LANES, odd += 2 * LANES;
-  }
-  uint64_t total = 0;
-  for (int64_t i = 0; i < LANES / 2; ++i) total += sum[i];
-  return total;
-}
-
-static uint64_t checksum(const uint32_t* x, int64_t count, int64_t first) {
-  const int64_t whole = count / LANES * LANES;
-  return checksum_vectors<false>(x, nullptr, whole, first) + checksum_by_one(x + whole, count - whole, first + whole);
-}
-
-// Copies 32-bit elements past the caches and sums them up: the destination's lines need not be fetched first.
-static uint64_t stream_copy(const uint32_t* x, uint32_t* to, int64_t count, int64_t first) {
-  const int64_t misplaced = -(intptr_t(to) / 4) & (LANES - 1), head = smaller(count, misplaced);
-  const int64_t whole = (count - head) / LANES * LANES, tail = count - head - whole;
-  memcpy(to, x, head * 4);
-  const uint64_t total = checksum_by_one(x, head, first) +
-                         checksum_vectors<true>(x + head, to + head, whole, first + head) +
-                         checksum_by_one(x + head + whole, tail, first + head + whole);
-  memcpy(to + head + whole, x + head + whole, tail * 4);
-  return total;
-}
+ALIGNER_INLINE vlong multiply_lower(vlong a, vlong b) {  // the lower halves
+#if defined(__AVX512F__)
+  return (vlong)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vlong)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #else
-static uint64_t checksum(const uint32_t* x, int64_t count, int64_t first) { return checksum_by_one(x, count, first); }
-static uint64_t stream_copy(const uint32_t* x, uint32_t* to, int64_t count, int64_t first) {
-  memcpy(to, x, count * 4);
-  return checksum_by_one(to, count, first);
-}
+  return (a & 0xffffffff) * (b & 0xffffffff);
 #endif
+}
 
-// Sixteen bits are bound by arithmetic, so no products: a sum, and a sum of its running values, of up to 255 vectors,
-// as many as 31 bits hold. Vector k of n is in the running sum n - k times. next(i) gives the vector at element i.
-// Returns how many elements were summed up: fewer where weights wrap around.
-constexpr int64_t SUM_VECTORS = 255;
-constexpr int64_t WEIGHTS_WRAP = (INT64_C(1) << 31) - SUM_VECTORS * LANES;  // element
+// The checksum of elements that come in order, row after row: rows may be short, so none starts or ends a sum.
+struct Checksum {
+  vlong total;   // each of an even lane and the odd one after it
+  vlong weight;  // of the next vector's even lanes, in the lower halves
+};
+ALIGNER_INLINE Checksum checksum_from(int64_t first) {
+  Checksum c{};
+  for (int64_t i = 0; i < LANES / 2; ++i) c.weight[i] = uint64_t(2 * (first + 2 * i) + 1);
+  return c;
+}
+ALIGNER_INLINE void add_vector(Checksum& c, vint bits, int64_t count) {  // the next `count`; other lanes are zero
+  c.total += multiply_lower((vlong)bits, c.weight) + multiply_lower((vlong)bits >> 32, c.weight + 2);
+  c.weight += uint64_t(2 * count);
+}
+
+// next(k) gives the bits of vector k.
 template <class Next>
-ALIGNER_INLINE int64_t checksum_blocks(int64_t count, int64_t first, uint64_t* total, const Next& next) {
-  int64_t i = 0;
-  while (count - i >= LANES && first + i < WEIGHTS_WRAP) {
-    const int64_t n = smaller(SUM_VECTORS, (count - i) / LANES);
+ALIGNER_INLINE void add_vectors(Float32, Checksum& c, int64_t count, const Next& next) {
+  for (int64_t k = 0; k < count; ++k) add_vector(c, next(k), LANES);
+}
+// Sixteen bits are bound by arithmetic, so no products for each vector: a sum, and a sum of its running values, of up
+// to 255, as many as 32 bits hold. Vector k of n is in the running sum n - k times.
+template <class D, class Next>
+ALIGNER_INLINE void add_vectors(D, Checksum& c, int64_t count, const Next& next) {
+  constexpr int64_t MOST = 255;
+  for (int64_t k = 0; k < count;) {
+    const bool wraps = uint32_t(c.weight[0]) > UINT32_MAX - 2 * LANES * (MOST + 1);  // then each by itself
+    const int64_t n = wraps ? 1 : smaller(MOST, count - k);
     vint sum{}, running{};
-    for (int64_t k = 0; k < n; ++k) {
-      sum += next(i + k * LANES);
+    for (const int64_t end = k + n; k < end; ++k) {
+      sum += next(k);
       running += sum;
     }
-    for (int64_t lane = 0; lane < LANES; ++lane) {
-      const uint64_t s = uint32_t(sum[lane]), r = uint32_t(running[lane]);
-      *total += s * uint64_t(2 * (first + i) + 1) + 2 * (LANES * (n * s - r) + lane * s);
-    }
-    i += n * LANES;
+    const vlong later = (vlong)(sum * int32_t(n) - running);  // k times vector k
+    c.total += 2 * LANES * ((later & 0xffffffff) + (later >> 32));
+    add_vector(c, sum, n * LANES);
   }
-  return i;
 }
 
-static uint64_t checksum(const uint16_t* x, int64_t count, int64_t first) {
-  uint64_t total = 0;
-  const int64_t done = checksum_blocks(count, first, &total, [&](int64_t i) { return load_ushort(x + i); });
-  return total + checksum_by_one(x + done, count - done, first + done);
-}
+// Bits as stored; those of sixteen-bit numbers are the lower halves of lanes.
+ALIGNER_INLINE vint load_bits(const float* p) { return (vint)Float32::load(p); }
+ALIGNER_INLINE vint load_bits(const uint16_t* p) { return load_ushort(p); }
+ALIGNER_INLINE void store_bits(float* p, vint v) { Float32::store(p, (vfloat)v); }
+ALIGNER_INLINE void store_bits(uint16_t* p, vint v) { store_ushort(p, v); }
 
-ALIGNER_INLINE void stream_ushort(uint16_t* p, vint v) {
+// Past the caches: the destination's lines need not be fetched first.
+ALIGNER_INLINE void stream_bits(float* p, vint v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#elif defined(__AVX2__)
+  _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#else
+  store_bits(p, v);
+#endif
+}
+ALIGNER_INLINE void stream_bits(uint16_t* p, vint v) {
 #if defined(__AVX512F__)
   _mm256_stream_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)v));
 #elif defined(__AVX2__)
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v, (__m256i)v), 0x08);
   _mm_stream_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 #else
-  store_ushort(p, v);
+  store_bits(p, v);
 #endif
 }
 
-// The same from float32 to bfloat16.
-static uint64_t stream_copy(const float* x, uint16_t* to, int64_t count, int64_t first) {
-  const auto one = [&](int64_t i, int64_t n) {
-    for (const int64_t end = i + n; i < end; ++i) store_part<Bfloat16>(to + i, splat(x[i]), 1);
-  };
-  const int64_t head = smaller(count, -(intptr_t(to) / 2) & (LANES - 1));
-  one(0, head);
-  uint64_t total = checksum_by_one(to, head, first);
-  int64_t done = head + checksum_blocks(count - head, first + head, &total, [&](int64_t i) {
-                   const vint bits = (Bfloat16::round(Float32::load(x + head + i)) >> 16) & 0xffff;
-                   stream_ushort(to + head + i, bits);
-                   return bits;
-                 });
-  one(done, count - done);
-  return total + checksum_by_one(to + done, count - done, first + done);
+ALIGNER_INLINE vint rounded(Float32, vfloat v) { return (vint)v; }
+ALIGNER_INLINE vint rounded(Bfloat16, vfloat v) { return (Bfloat16::round(v) >> 16) & 0xffff; }
+ALIGNER_INLINE vint rounded(Float16, vfloat v) {
+  uint16_t t[LANES];
+  Float16::store(t, v);
+  return load_ushort(t);
+}
+template <class S, class D>
+ALIGNER_INLINE vint cast(const typename S::T* p, bool add_one) {
+  if constexpr (__is_same(S, D)) {
+    if (!add_one) return load_bits(p);  // every bit, a NaN's too
+  }
+  return rounded(D{}, add_one ? S::load(p) + 1.f : S::load(p));  // -0 + 0 would lose its sign
 }
 
-// More tiles than the caches hold: nothing that is written now is read again soon.
-constexpr int64_t STREAM_TILES = 256;
+enum class Store { none, cached, streamed };
 
-// Rows [row, row + rows), columns [column, column + count) of an item, right after they were written.
-static uint64_t copy_tile(const RefitItem& item, int64_t row, int64_t rows, int64_t column, int64_t count, bool sum,
-                          bool stream) {
-  stream = stream && item.source_dtype == Dtype::float32 && item.destination_dtype != Dtype::float16 && !item.add_one;
-  const int64_t source_bytes = dtype_bytes(item.source_dtype), bytes = dtype_bytes(item.destination_dtype);
-  uint64_t total = 0;
-  for (int64_t r = row; r < row + rows; ++r) {
-    const char* from = static_cast<const char*>(item.source) + (r * item.source_pitch + column) * source_bytes;
-    char* to = static_cast<char*>(item.destination) + (r * item.destination_pitch + column) * bytes;
-    const int64_t first = r * item.columns + column;
-    if (stream && from != to) {
-      total += bytes == 4 ? stream_copy((const uint32_t*)from, (uint32_t*)to, count, first)
-                          : stream_copy((const float*)from, (uint16_t*)to, count, first);
-      continue;
-    }
-    if (from != to) copy_run(item, from, to, count);  // an item that is its own source is only summed up
-    if (!sum) continue;
-    total += bytes == 4 ? checksum(reinterpret_cast<const uint32_t*>(to), count, first)
-                        : checksum(reinterpret_cast<const uint16_t*>(to), count, first);
+// Less than a vector.
+template <class S, class D, Store store>
+ALIGNER_INLINE void copy_part(const typename S::T* from, typename D::T* to, int64_t count, bool add_one, Checksum& c) {
+  typename S::T source[LANES] = {};
+  typename D::T result[LANES], summed[LANES] = {};
+  memcpy(source, from, count * sizeof *from);
+  store_bits(result, cast<S, D>(source, add_one));
+  memcpy(summed, result, count * sizeof *to);
+  if constexpr (store != Store::none) memcpy(to, summed, count * sizeof *to);
+  add_vector(c, load_bits(summed), count);
+}
+
+// `ahead`: elements from here to what is asked for early.
+template <class S, class D, Store store>
+ALIGNER_INLINE void copy_row(const typename S::T* from, typename D::T* to, int64_t count, bool add_one, int64_t ahead,
+                             Checksum& c) {
+  if constexpr (store == Store::streamed) {  // to a whole vector
+    const int64_t head = smaller(count, -(intptr_t(to) / int64_t(sizeof *to)) & (LANES - 1));
+    if (head > 0) copy_part<S, D, store>(from, to, head, add_one, c);
+    from += head, to += head, count -= head;
   }
-  return total;
+  add_vectors(D{}, c, count / LANES, [&](int64_t k) {
+    __builtin_prefetch(from + k * LANES + ahead);
+    const vint bits = cast<S, D>(from + k * LANES, add_one);
+    if constexpr (store == Store::cached) store_bits(to + k * LANES, bits);
+    if constexpr (store == Store::streamed) stream_bits(to + k * LANES, bits);
+    return bits;
+  });
+  const int64_t tail = count % LANES, whole = count - tail;
+  if (tail > 0) copy_part<S, D, store>(from + whole, to + whole, tail, add_one, c);
+}
+
+// The hardware foresees the lines of a long row, but not the next row of a box: its lines are asked for this early.
+constexpr int64_t PREFETCH = 16 << 10;  // bytes of the box
+
+// Rows [row, row + rows), columns [column, column + count) of an item: copied, and their checksum.
+template <class S, class D, Store store>
+static uint64_t copy_rows(const RefitItem& item, int64_t row, int64_t rows, int64_t column, int64_t count) {
+  const auto* from = static_cast<const typename S::T*>(item.source) + column;
+  auto* to = static_cast<typename D::T*>(item.destination) + column;
+  const int64_t rows_ahead = larger(1, PREFETCH / int64_t(count * sizeof *from));
+  Checksum c = checksum_from(row * item.columns + column);
+  for (int64_t r = row; r < row + rows; ++r) {
+    const int64_t ahead = smaller(rows_ahead, item.rows - 1 - r) * item.source_pitch;
+    copy_row<S, D, store>(from + r * item.source_pitch, to + r * item.destination_pitch, count, item.add_one, ahead, c);
+  }
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < LANES / 2; ++i) sum += c.total[i];
+  return sum;
+}
+
+// The caches hold fewer tiles: nothing that is written now is read again soon.
+constexpr int64_t STREAM_TILES = 256;
+constexpr int64_t LINE = 64;  // bytes
+
+// Streaming parts of a line is slower than storing them: many rows must be whole lines each.
+static bool rows_are_lines(const RefitItem& item) {
+  const int64_t bytes = dtype_bytes(item.destination_dtype);
+  const int64_t all = intptr_t(item.destination) | item.destination_pitch * bytes | item.columns * bytes;
+  return item.rows == 1 || all % LINE == 0;
+}
+
+static uint64_t copy_tile(const RefitItem& item, int64_t row, int64_t rows, int64_t column, int64_t count,
+                          bool stream) {
+  uint64_t sum = 0;
+  with_dtype(item.destination_dtype, [&](auto d) {
+    using D = decltype(d);
+    if (item.source == item.destination) {  // only summed up
+      sum = copy_rows<D, D, Store::none>(item, row, rows, column, count);
+      return;
+    }
+    with_dtype(item.source_dtype, [&](auto s) {
+      using S = decltype(s);
+      sum = stream && rows_are_lines(item) ? copy_rows<S, D, Store::streamed>(item, row, rows, column, count)
+                                           : copy_rows<S, D, Store::cached>(item, row, rows, column, count);
+    });
+  });
+  return sum;
 }
 
 void refit_copy_cpu(const RefitCopyParams& p) {
@@ -189,8 +189,7 @@ void refit_copy_cpu(const RefitCopyParams& p) {
       const int64_t local = tile - p.first_tile[i], piece = local % tiles.pieces;
       const int64_t row = local / tiles.pieces * tiles.bundle, rows = smaller(tiles.bundle, item.rows - row);
       const int64_t column = piece * REFIT_TILE, count = smaller(REFIT_TILE, item.columns - column);
-      const uint64_t sum =
-          copy_tile(item, row, rows, column, count, p.checksums != nullptr, p.num_tiles > STREAM_TILES);
+      const uint64_t sum = copy_tile(item, row, rows, column, count, p.num_tiles > STREAM_TILES);
       if (p.checksums) __atomic_fetch_add(p.checksums + i, sum, __ATOMIC_RELAXED);
     }
 #if defined(__AVX2__)
