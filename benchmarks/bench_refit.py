@@ -14,6 +14,7 @@ import argparse
 import csv
 import datetime
 import os
+import socket
 import statistics
 import sys
 import time
@@ -101,7 +102,8 @@ class EngineRefit:
         self.engine, self.published = Engine(shape, ranks), published
         share = max(1, threads // ranks)
         self.engine.pool = ThreadPoolExecutor(ranks, initializer=set_own_threads, initargs=(share,))
-        told = [f.result() for f in self.engine.rpc("refit_attach", asdict(shape), [published.name], DEADLINE_S)]
+        ranks_told = [{"host": socket.gethostname(), "name": published.name, "manifest": None}]
+        told = [f.result() for f in self.engine.rpc("refit_attach", asdict(shape), ranks_told, None, DEADLINE_S)]
         torch.set_num_threads(threads)
         self.plans, self.bytes = [t["plan"] for t in told], 2 * sum(t["bytes"] for t in told)
 

@@ -78,8 +78,8 @@ class Plan:
         into = [destination[name] for name in self.destinations]
         written = execute.write(self.boxes, [source.weight(name) for name in self.sources], into)
         execute.verify(written, into, list(self.destinations))
-        for name in self.sources:  # a source that went away or moved on while it was read says so now
-            source.weight(name)
+        for name in {name.partition("/")[0]: name for name in self.sources}.values():
+            source.weight(name)  # a rank that went away or moved on while it was read says so now
         return self.num_bytes()
 
     def num_bytes(self) -> int:

@@ -29,7 +29,7 @@ class Pulled:
         names = [r["name"] for r in ranks if r["host"] == here]
         self._shared, self._version = SharedSource(names, timeout_s, device), -1
         self._told = [r["manifest"] for r in ranks]
-        self._receiver = None
+        self._receiver, self._near = None, {}  # of plans by digest
         if meeting:
             patience = timedelta(seconds=timeout_s)
             store = dist.TCPStore(meeting["host"], meeting["port"], is_master=False, timeout=patience)
@@ -59,7 +59,11 @@ class Pulled:
 
     def near(self, plan: Plan) -> Plan:
         """What of a plan comes from ranks that are here."""
-        return plan.only(lambda name: int(name.partition("/")[0]) in self._here)
+        if self._receiver is None:
+            return plan
+        if plan.digest not in self._near:
+            self._near[plan.digest] = plan.only(lambda name: int(name.partition("/")[0]) in self._here)
+        return self._near[plan.digest]
 
     def execute(self, plan: Plan, manifest: dict, destination: dict[str, Tensor]) -> int:
         """As of Plan.execute, from all ranks. manifest: of the destination."""

@@ -30,7 +30,7 @@ def test_ppo_on_the_default_task(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("far", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_trainer_of_four_ranks_and_an_engine_of_two(smollm2: Path, tmp_path, far: bool):
     """Real Megatron-core at TP2 x PP2 over gloo. far: the engine runs on another machine, and outlives the trainer."""
     model = save_llama(tmp_path / "m", smollm2, num_hidden_layers=4, tie_word_embeddings=True)
