@@ -1,9 +1,10 @@
 """Refit of SmolLM2-135M into samplers on the CPU: `python benchmarks/bench_refit.py`.
 
 The trainer's layout (Megatron's) goes into the embedded sampler's through `sampler.refit`: preflight, copy, read back
-and verify, commit. `refit-engine-tpN` goes from shared memory into N tensor ranks of the tests' stand-in for
-TensorRT-LLM through `RefitExtension.refit`, from the call to the last rank's answer; publishing is not timed. A rank is
-a thread here, and gets its share of --threads, at least one.
+and verify, commit; `copy` is the copy alone. `refit-engine-tpN` goes from shared memory into N tensor ranks of the
+tests' stand-in for TensorRT-LLM through `RefitExtension.refit`, from the call to the last rank's answer; publishing is
+not timed. A rank is a thread here, and gets its share of --threads, at least one: of three ranks on two cores two share
+one. SmolLM2's 3 key-value heads do not go onto two ranks, so that those have a model of its sizes with 8 heads and 4.
 
 A round times every subject of one destination once; a row is the median of the rounds. `bytes` is what the copy itself
 must move: the parameters read once and written once; `contiguous-copy` moves as many in one piece with torch. Engines
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,14 +31,15 @@ from aligner.checkpoint.default_model import default_model
 from aligner.models.low_rank import LowRank
 from aligner.models.shape import ModelShape
 from aligner.models.weights import manifest, megatron_entry
+from aligner.refit import execute
 from aligner.refit.plan import compile_plan
 from aligner.refit.shared import SharedWeights
 from aligner.rollout.native import NativeSampler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.refit.standin import Engine  # noqa: E402
+from tests.refit.standin import Engine, Worker  # noqa: E402
 
-ENGINE_RANKS = (1, 3)  # SmolLM2 has 9 heads and 3 key-value heads
+MODEL, EVEN_MODEL = "SmolLM2-135M", "SmolLM2-135M with 8 heads and 4 key-value heads"
 DEADLINE_S = 60.0
 RANK, PPO_STEP_S = 16, 10.0  # of the default run's adapters; seconds of one of its steps (docs/ppo.md)
 
@@ -73,15 +75,15 @@ class Trainer:
     def manifest(self) -> dict:
         return self._manifest
 
-    def weight(self, name: str):
-        return self._weights[name]
+    def weights(self, names):
+        return [self._weights[name] for name in names]
 
 
 class Published:
     """A trainer's weights in shared memory, and their version."""
 
     def __init__(self, shape: ModelShape):
-        self.name, self.version = f"bench-{os.getpid()}", -1
+        self.shape, self.name, self.version = shape, f"bench-{os.getpid()}-{shape.heads}", -1
         self._shared = SharedWeights(self.name, Trainer(shape, False))
 
     def next(self) -> None:
@@ -113,9 +115,19 @@ class EngineRefit:
         for future in waiting:
             future.result()
 
+    def copy(self) -> None:
+        """What the refits before this one copied, by all ranks at once."""
+        list(self.engine.pool.map(copy_again, self.engine.workers))
+
+
+def copy_again(worker: Worker) -> None:
+    plan, parameters = worker._refit_plan.plan, worker._refit_found.parameters
+    sources = worker._refit_source.weights(plan.sources)
+    execute.write(plan.boxes, sources, [parameters[name] for name in plan.destinations])
+
 
 def sampler_subjects(shape: ModelShape) -> dict:
-    """Name -> (call, bytes, dtypes)."""
+    """Name -> (call, bytes, dtypes, model)."""
     found, elements = {}, shape.num_bytes() // 4
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
         for adapted in (False, True):
@@ -127,18 +139,26 @@ def sampler_subjects(shape: ModelShape) -> dict:
                 s.refit(p, t, version=next(v))
 
             words = f"float32 to {dtype}"
-            found[f"refit{'-lora' if adapted else ''} {words}"] = (refit, elements * (4 + width), words)
-        found[f"contiguous-copy {words}"] = (contiguous_copy(elements * (4 + width)), elements * (4 + width), words)
+
+            def copy(p=plan, t=trainer, s=sampler):
+                execute.write(p.boxes, t.weights(p.sources), [s.weights[name] for name in p.destinations])
+
+            kind = "-lora" if adapted else ""
+            found[f"copy{kind} {words}"] = (copy, elements * (4 + width), words, MODEL)
+            found[f"refit{kind} {words}"] = (refit, elements * (4 + width), words, MODEL)
+        size = elements * (4 + width)
+        found[f"contiguous-copy {words}"] = (contiguous_copy(size), size, words, MODEL)
     return found
 
 
-def engine_subjects(shape: ModelShape, published: Published, threads: int) -> dict:
+def engine_subjects(shape: ModelShape, published: dict[str, Published], threads: int) -> dict:
     """As sampler_subjects()."""
     words, size = "float32 to float32", 2 * shape.num_bytes()
-    found = {f"contiguous-copy-engine {words}": (contiguous_copy(size), size, words)}
-    for ranks in ENGINE_RANKS:
-        refit = EngineRefit(shape, published, ranks, threads)
-        found[f"refit-engine-tp{ranks} {words}"] = (refit, refit.bytes, words)
+    found = {f"contiguous-copy-engine {words}": (contiguous_copy(size), size, words, MODEL)}
+    for model, ranks in ((MODEL, 1), (EVEN_MODEL, 2), (MODEL, 3)):
+        refit = EngineRefit(published[model].shape, published[model], ranks, threads)
+        found[f"refit-engine-tp{ranks} {words}"] = (refit, refit.bytes, words, model)
+        found[f"copy-engine-tp{ranks} {words}"] = (refit.copy, refit.bytes, words, model)
     return found
 
 
@@ -153,20 +173,20 @@ def measure(cases: dict, rounds: int, before_round: Callable[[], None]) -> list[
     times: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
         before_round()
-        for name, (call, _, _) in cases.items():
+        for name, (call, *_) in cases.items():
             start = time.perf_counter()
             call()
             if number:  # the first round warms up
                 times[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in times.items()}
     copied = {
-        dtype: size / median[name] / 1e9 for name, (_, size, dtype) in cases.items() if name.startswith("contiguous")
+        dtype: size / median[name] / 1e9 for name, (_, size, dtype, _) in cases.items() if name.startswith("contiguous")
     }
     rows = []
-    for name, (_, size, dtype) in cases.items():
+    for name, (_, size, dtype, model) in cases.items():
         seconds, rate = median[name], size / median[name] / 1e9
         impl = name.split()[0]
-        rows.append(["SmolLM2-135M", dtype, impl, f"{seconds:.6g}", size, f"{rate:.3g}", ""])
+        rows.append([model, dtype, impl, f"{seconds:.6g}", size, f"{rate:.3g}", ""])
         print(
             f"{dtype} {impl}: {1e3 * seconds:.4g} ms, {rate:.3g} GB/s, "
             f"{rate / copied[dtype]:.2f}x of copy bandwidth, "
@@ -184,8 +204,14 @@ def main() -> None:
     shape = ModelShape.from_folder(default_model())
     where = [datetime.date.today().isoformat(), commit(), machine(), options.threads]
     rows = measure(sampler_subjects(shape), options.rounds, lambda: None)
-    published = Published(shape)
-    rows += measure(engine_subjects(shape, published, options.threads), options.rounds, published.next)
+    shapes = {MODEL: shape, EVEN_MODEL: replace(shape, heads=8, kv_heads=4)}
+    published = {model: Published(s) for model, s in shapes.items()}
+
+    def publish():
+        for p in published.values():
+            p.next()
+
+    rows += measure(engine_subjects(shape, published, options.threads), options.rounds, publish)
     rows = [where + row for row in rows]
     path = RESULTS / "refit.csv"
     new = not path.exists()

@@ -1,6 +1,6 @@
 """The policy: log-probabilities of its tokens, its update, its weights for the sampler."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -182,16 +182,16 @@ class Policy:
         """The parameters that the sampler needs, in Hugging Face coordinates (see models.weights)."""
         return self.network.manifest
 
-    def weight(self, name: str) -> Tensor | LowRank:
-        """The parameter `name` of the manifest, with its adapter beside it."""
-        return self.network.weight(name)
+    def weights(self, names: Iterable[str]) -> list[Tensor | LowRank]:
+        """These parameters of the manifest, each with its adapter beside it."""
+        return [self.network.weight(name) for name in names]
 
     def hugging_face(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of the Hugging Face checkpoint of the policy as it stands, adapters merged in.
 
         Every rank exhausts it; the first one gets the tensors (models.weights.export).
         """
-        return export(self.manifest()["tensors"], self.weight, self.shape, dtype=self.network.dtype)
+        return export(self.manifest()["tensors"], self.network.weight, self.shape, dtype=self.network.dtype)
 
     def state_dict(self, *, loading: bool = False) -> dict:
         """As of Network.state_dict, with the reference once it has moved: then call move_reference() before loading."""

@@ -33,8 +33,8 @@ def check(item: dict, weight: Tensor | LowRank | None, side: str) -> None:
         tensors = [base, weight.b, weight.a]
     else:
         base, tensors = weight, [weight]
-    dtype = str(base.dtype).removeprefix("torch.")
-    if base.shape != shape or dtype != item["dtype"]:
+    if base.shape != shape or base.dtype is not getattr(torch, item["dtype"]):
+        dtype = str(base.dtype).removeprefix("torch.")
         raise ValueError(
             f"{what} is {dtype} {list(base.shape)}, its manifest says {item['dtype']} {list(shape)}; "
             "publish the manifest again and compile a new plan."

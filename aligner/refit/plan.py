@@ -1,12 +1,11 @@
 """Refit: move the policy's weights into the sampler, in place, by a plan that is compiled once.
 
 Both sides publish a manifest (models.weights): their parameters, cut into boxes of the Hugging Face checkpoint. The
-planner intersects the boxes. A source is any object with `manifest()` and `weight(name) -> Tensor | LowRank`.
+planner intersects the boxes. A source is any object with `manifest()` and `weights(names)`.
 """
 
 import hashlib
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,11 +18,11 @@ from aligner.refit import execute
 
 
 class Source(Protocol):
-    """The side that weights come from. `weight` raises when the parameter is gone or not of the step that is meant."""
+    """The side that weights come from. `weights` raises when one of them is gone or not of the step that is meant."""
 
     def manifest(self) -> dict: ...
 
-    def weight(self, name: str) -> Tensor | LowRank: ...
+    def weights(self, names: Iterable[str]) -> list[Tensor | LowRank]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,8 @@ class Plan:
                 f"refit: the plan {self.digest[:12]} was compiled from other manifests than the two sides have now; "
                 "compile it again."
             )
-        for name, item in self.sources.items():
-            execute.check(item, source.weight(name), "source")
+        for item, weight in zip(self.sources.values(), source.weights(self.sources), strict=True):
+            execute.check(item, weight, "source")
         for name, item in self.destinations.items():
             execute.check(item, destination.get(name), "destination")
 
@@ -76,16 +75,15 @@ class Plan:
         if not self.copies:
             return 0
         into = [destination[name] for name in self.destinations]
-        written = execute.write(self.boxes, [source.weight(name) for name in self.sources], into)
+        written = execute.write(self.boxes, source.weights(self.sources), into)
         execute.verify(written, into, list(self.destinations))
-        for name in {name.partition("/")[0]: name for name in self.sources}.values():
-            source.weight(name)  # a rank that went away or moved on while it was read says so now
+        source.weights(self.sources)  # a rank that went away or moved on while it was read says so now
         return self.num_bytes()
 
     def num_bytes(self) -> int:
         """Of what is written."""
-        widths = {name: getattr(torch, item["dtype"]).itemsize for name, item in self.destinations.items()}
-        return sum(math.prod(c.size) * widths[c.destination] for c in self.copies)
+        widths = torch.tensor([getattr(torch, item["dtype"]).itemsize for item in self.destinations.values()])
+        return int((widths[self.boxes[:, 1]] * self.boxes[:, 6] * self.boxes[:, 7]).sum())
 
     def only(self, wanted: Callable[[str], bool]) -> "Plan":
         """The copies of some sources, by name; of the same pair of manifests."""

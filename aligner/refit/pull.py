@@ -1,6 +1,7 @@
 """What an engine's rank pulls from: trainer ranks of its machine where their weights lie, others over the network."""
 
 import socket
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -52,10 +53,10 @@ class Pulled:
             self._manifest = self._joined()
         self._version = version
 
-    def weight(self, name: str) -> Tensor | LowRank:
-        """Of a rank that is here."""
-        rank, _, own = name.partition("/")
-        return self._shared.weight(f"{self._here[int(rank)]}/{own}")
+    def weights(self, names: Iterable[str]) -> list[Tensor | LowRank]:
+        """Of ranks that are here."""
+        apart = (name.partition("/") for name in names)
+        return self._shared.weights(f"{self._here[int(rank)]}/{own}" for rank, _, own in apart)
 
     def near(self, plan: Plan) -> Plan:
         """What of a plan comes from ranks that are here."""

@@ -119,7 +119,7 @@ class _Meanwhile:
 
 
 def _device(policy: Source) -> torch.device:
-    first = policy.weight(policy.manifest()["tensors"][0]["name"])
+    (first,) = policy.weights([policy.manifest()["tensors"][0]["name"]])
     return (first.base if isinstance(first, LowRank) else first).device
 
 

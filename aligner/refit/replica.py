@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -83,8 +83,8 @@ class _SharedWeights:
     def manifest(self) -> dict:
         return self._all.manifest()
 
-    def weight(self, name: str) -> Tensor:
-        return self._all.weight(name)
+    def weights(self, names: Iterable[str]) -> list[Tensor | LowRank]:
+        return self._all.weights(names)
 
 
 class _SentWeights:
@@ -99,8 +99,7 @@ class _SentWeights:
     def publish(self, _version: int) -> None:
         leader, others = self._ranks[0], self._ranks[1:]
         if self._rank in others:
-            for item in self._manifests[self._rank]["tensors"]:
-                weight = self._policy.weight(item["name"])
+            for weight in self._policy.weights(item["name"] for item in self._manifests[self._rank]["tensors"]):
                 dist.send((weight.merged() if isinstance(weight, LowRank) else weight).contiguous(), leader)
         if self._rank == leader:
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -113,9 +112,10 @@ class _SentWeights:
     def manifest(self) -> dict:
         return join(list(self._manifests.values()))
 
-    def weight(self, name: str) -> Tensor | LowRank:
-        number, _, own = name.partition("/")
-        return self._policy.weight(own) if number == "0" else self._copies[name]
+    def weights(self, names: Iterable[str]) -> list[Tensor | LowRank]:
+        names = list(names)
+        own = iter(self._policy.weights(name[2:] for name in names if name.startswith("0/")))
+        return [next(own) if name.startswith("0/") else self._copies[name] for name in names]
 
 
 def replica_name(here: distributed.Place, pid: int) -> str:

@@ -16,7 +16,7 @@ import os
 import struct
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -76,22 +76,22 @@ class ExportedWeights:
     def _header(self) -> dict:
         buffers: dict[bytes, int] = {}
         listed, places = [], {}
-        for item in self._manifest["tensors"]:
-            weight = self.source.weight(item["name"])
+        names = [item["name"] for item in self._manifest["tensors"]]
+        for name, weight in zip(names, self.source.weights(names), strict=True):
             parts = [weight.base, weight.b, weight.a] if isinstance(weight, LowRank) else [weight]
-            places[item["name"]] = []
+            places[name] = []
             for t in parts:
                 if not t.is_contiguous():
-                    raise ValueError(f"refit: {item['name']} is not contiguous, and cannot be read by its handle.")
+                    raise ValueError(f"refit: {name} is not contiguous, and cannot be read by its handle.")
                 handle, begin, size = handle_of(t)
                 if handle not in buffers:
                     buffers[handle] = len(buffers)
                     listed.append({"kind": "cuda", "handle": handle.hex(), "bytes": size})
                 dtype = str(t.dtype).removeprefix("torch.")
                 place = {"buffer": buffers[handle], "begin": begin, "shape": list(t.shape), "dtype": dtype}
-                places[item["name"]].append(place)
+                places[name].append(place)
             if isinstance(weight, LowRank):
-                places[item["name"]].append({"scale": weight.scale})
+                places[name].append({"scale": weight.scale})
         return {"manifest": self._manifest, "buffers": listed, "places": places}
 
     def publish(self, version: int) -> None:
@@ -159,7 +159,7 @@ class SharedSource:
         return self._manifest
 
     def wait(self, version: int) -> bool:
-        """Wait until every rank has published `version`, of which weight() then reads. Returns whether any was lost.
+        """Wait until every rank has published `version`, of which weights() then reads. Returns whether any was lost.
 
         A rank that was started again is found again, and what lies elsewhere now too. Raises RuntimeError when one has
         died and stays dead, TimeoutError when one takes too long.
@@ -182,10 +182,13 @@ class SharedSource:
         self._manifest = None if lost else self._manifest
         return lost
 
-    def weight(self, name: str) -> Tensor | LowRank:
-        """The parameter `name`, i/… of rank i, as it lies in shared memory; nothing is copied."""
-        rank, _, own = name.partition("/")
-        return self._ranks[int(rank)].weight(own, self._version)
+    def weights(self, names: Iterable[str]) -> list[Tensor | LowRank]:
+        """These parameters, i/… of rank i, as they lie in shared memory; nothing is copied."""
+        apart = [name.partition("/") for name in names]
+        ranks = {rank: self._ranks[int(rank)] for rank, _, _ in apart}
+        for rank in ranks.values():
+            rank.check(self._version)
+        return [ranks[rank].weights[own] for rank, _, own in apart]
 
 
 class _Rank:
@@ -206,7 +209,7 @@ class _Rank:
             opened, close = open_handle(bytes.fromhex(buffer["handle"]), buffer["bytes"], device)
             weakref.finalize(self, close)
             buffers.append(opened)
-        self._weights = {name: _weight(buffers, places) for name, places in header["places"].items()}
+        self.weights = {name: _weight(buffers, places) for name, places in header["places"].items()}
 
     def version(self) -> int:
         return FIXED.unpack_from(self._memory, 0)[0]
@@ -222,7 +225,8 @@ class _Rank:
         if not self.alive():
             raise RuntimeError(f"refit: the process that published {self.path} has died; start that rank again")
 
-    def weight(self, name: str, version: int) -> Tensor | LowRank:
+    def check(self, version: int) -> None:
+        """Raise unless the weights are there and of `version`."""
         size = os.fstat(self._file).st_size
         if size < len(self._memory):  # reading beyond the end would end this process
             raise ValueError(f"refit: source {self.path} is cut short: {size} bytes of {len(self._memory)}.")
@@ -234,7 +238,6 @@ class _Rank:
             )
         if not self.current():
             raise RuntimeError(f"refit: what {self.path} publishes lies elsewhere now; ask for the version again")
-        return self._weights[name]
 
 
 def _num_bytes(item: dict) -> int:

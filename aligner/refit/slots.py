@@ -184,7 +184,7 @@ class Sender:
             [names.index(p.copy.source), i, *_places(p.copy.source_at, p.row), 0, 0, p.rows, p.columns]
             for i, p in enumerate(slot)
         ]
-        weights = [self._source.weight(name.partition("/")[2]) for name in names]
+        weights = self._source.weights(name.partition("/")[2] for name in names)
         execute.write(torch.tensor(rows), weights, views)
         return ops.refit_copy(views, views, checksum=True).to(self._group.device)
 

@@ -5,7 +5,7 @@ are fewer of them than ranks, the vocabulary cut into ceil(V / ranks) rows with 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,8 +115,8 @@ class Megatron:
     def manifest(self) -> dict:
         return self._manifest
 
-    def weight(self, name: str) -> Tensor:
-        return self.parameters[name]
+    def weights(self, names: Iterable[str]) -> list[Tensor]:
+        return [self.parameters[name] for name in names]
 
 
 def engine_rank(m: Model, full: dict[str, Tensor], ranks: int, rank: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ def weights(version: int) -> dict[str, torch.Tensor]:
 
 class Rank:
     def __init__(self, rank: int, ranks: int):
-        self.rank, self.ranks, self.asked = rank, ranks, None
+        self.rank, self.ranks, self.stalls = rank, ranks, -1
         self.step(0)
         entries = [megatron_entry(n, t, MODEL, rank=rank, ranks=ranks) for n, t in self.held.items()]
         self._manifest = manifest(SHAPE.tensors(), entries)
@@ -37,13 +37,12 @@ class Rank:
     def manifest(self) -> dict:
         return self._manifest
 
-    def weight(self, name: str) -> torch.Tensor:
-        if self.asked is not None:
-            self.asked.append(name)
-            if len(self.asked) > len(self.held) + 5:  # the preflight asked for each once: this is the copy
-                print("stalled", flush=True)
-                time.sleep(600)
-        return self.held[name]
+    def weights(self, names) -> list[torch.Tensor]:
+        self.stalls -= 1
+        if self.stalls == 0:
+            print("stalled", flush=True)
+            time.sleep(600)
+        return [self.held[name] for name in names]
 
 
 def main(name: str, rank: int, ranks: int) -> None:
@@ -53,7 +52,7 @@ def main(name: str, rank: int, ranks: int) -> None:
     for line in sys.stdin:
         command, version = line.split()
         source.step(int(version))
-        source.asked = [] if command == "stall" else None
+        source.stalls = 2 if command == "stall" else -1  # the preflight asks first, then the copy
         shared.publish(int(version))
         print("published", flush=True)
 

@@ -165,9 +165,9 @@ def test_parameters_that_moved_are_a_new_epoch(device, trainer):
     rank.placed = device.put(rank.held)
     trainer.publish(after(2), 1)
     with pytest.raises(RuntimeError, match="lies elsewhere now; ask for the version again"):
-        source.weight("1/" + next(iter(rank.held)))
+        source.weights(["1/" + next(iter(rank.held))])
     source.wait(1)
-    assert torch.equal(source.weight("1/" + next(iter(rank.held))), next(iter(rank.held.values())))
+    assert torch.equal(source.weights(["1/" + next(iter(rank.held))])[0], next(iter(rank.held.values())))
 
 
 def test_weights_that_cannot_be_exported(device):

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from concurrent.futures import wait
 from dataclasses import asdict
 
@@ -53,6 +54,9 @@ class TrainerRank:
 
     def manifest(self) -> dict:
         return self._manifest
+
+    def weights(self, names: Iterable[str]) -> list:
+        return [self.weight(name) for name in names]
 
     def weight(self, name: str) -> torch.Tensor:
         return self.held[name]

@@ -51,7 +51,7 @@ class Parameters:
 
     def __init__(self, model: dict, entries: list[dict], tensors: dict[str, torch.Tensor]):
         self.manifest = lambda: manifest(model, entries)
-        self.weight = tensors.__getitem__
+        self.weights = lambda names: [tensors[name] for name in names]
 
 
 def test_plan_between_different_fusions_moves_every_row():
@@ -168,8 +168,8 @@ class Source:
         self.low = LowRank(w, torch.ones(rows, 16), torch.ones(16, 1024), 0.5)
         self.entries = [entry("w", w, [("x", 0, rows)])]
         self.manifest = lambda: manifest({"x": w.shape}, self.entries)
-    def weight(self, name):
-        return self.low
+    def weights(self, names):
+        return [self.low for _ in names]
 
 def refit(rows):
     source, into = Source(rows), {"w": torch.ones(rows, 1024)}
