@@ -12,7 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from aligner.rollout.trtllm import EngineConfig, TrtllmSampler, engine_arguments, load_api
-from aligner.rollout.wire import read_key, serve
+from aligner.rollout.wire import serve
+from aligner.run.secret import read_secret
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if given.with_parent:
         threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        key, api = read_key(given.key_file), load_api()
+        key, api = read_secret(given.key_file, "key-file").encode(), load_api()
         config = EngineConfig(**{f.name: getattr(given, f.name) for f in fields(EngineConfig)})
         arguments = engine_arguments(api, given.model, given.context, config)
     except ValueError as error:

@@ -29,9 +29,10 @@ from aligner.rollout.conversation import Dialogue, load_environment
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.scoring import Scored, Values, sample_and_score
 from aligner.rollout.transcript import Transcript
-from aligner.rollout.wire import EngineSampler, read_key, start_engine
+from aligner.rollout.wire import EngineSampler, start_engine
 from aligner.run import distributed
 from aligner.run.distributed import agree
+from aligner.run.secret import read_secret
 from aligner.serving.remote import RemoteReward
 from aligner.serving.reward import RewardConfig, load_reward
 from aligner.serving.rewards import Rewards
@@ -93,7 +94,8 @@ def open_engine(job: Job, devices: list[int]) -> EngineSampler:
     if c.url and len(c.url) != here.replicas:
         raise ValueError(f"trtllm.url names {len(c.url)} engines, expected {here.replicas}, one a data-parallel rank.")
     if c.url:
-        engine = EngineSampler(c.url[here.data], read_key(c.key_file), job.shape.context)
+        key = read_secret(c.key_file, "trtllm.key-file").encode()
+        engine = EngineSampler(c.url[here.data], key, job.shape.context)
     else:
         log = job.directory.path / f"engine-{here.data}.log"
         engine = start_engine(c, job.folder, job.shape.context, log, devices)

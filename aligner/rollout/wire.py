@@ -30,6 +30,8 @@ MOST_BYTES = 1 << 30  # of a message
 KINDS = {kind.__name__: kind for kind in (ValueError, TimeoutError, RuntimeError)}
 # What torchrun tells its processes is not for an engine, whose ranks are its own.
 NOT_FOR_ENGINES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+# Upstream's reload would copy from a pool of threads, of which each has a stream of its own.
+IN_ORDER = "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL=True"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +56,6 @@ class TrtllmConfig(EngineConfig):
             raise ValueError("trtllm.kv-fraction must be between 0 and 1, node-gb-s and network-gb-s positive.")
         if bool(self.url) != bool(self.key_file):
             raise ValueError("trtllm.url and trtllm.key-file come together; give both.")
-
-
-def read_key(path: str) -> bytes:
-    """Raises ValueError when the file cannot be read or its key is short."""
-    try:
-        key = Path(path).read_bytes().strip()
-    except OSError as error:
-        raise ValueError(f"--key-file {path!r} cannot be read ({error.strerror}); name a file.") from None
-    if len(key) < 16:
-        raise ValueError(f"--key-file {path!r} holds {len(key)} bytes, expected 16 or more: openssl rand -hex 32.")
-    return key
 
 
 def place_of(address: str) -> str | tuple[str, int]:
@@ -258,7 +249,7 @@ def start_engine(config: TrtllmConfig, model: Path, context: int, log: Path, dev
     key_file.write_text(key)
     clean = [word for name in NOT_FOR_ENGINES for word in ("-u", name)]
     seen = [f"CUDA_VISIBLE_DEVICES={','.join(map(str, devices))}"] if devices else []
-    command = ["env", *clean, *seen, config.python, "-m", "aligner.trtllm", "--with-parent"]
+    command = ["env", *clean, IN_ORDER, *seen, config.python, "-m", "aligner.trtllm", "--with-parent"]
     command += ["--model", str(model), "--context", str(context), "--listen", address, "--key-file", str(key_file)]
     for name in EngineConfig.__dataclass_fields__:
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]

@@ -1,8 +1,8 @@
 """How services are reached: addresses, secrets, certificates."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
+from aligner.run.secret import read_bytes, read_secret
 from aligner.serving.grpc_transport import Connection, Tls
 from aligner.serving.triton_transport import TritonConnection
 
@@ -37,21 +37,3 @@ class AccessConfig:
         if address.startswith(TRITON):
             return TritonConnection(address.removeprefix(TRITON), token=token, tls=tls)
         return Connection(address, token=token, tls=tls)
-
-
-def read_bytes(file: str, option: str) -> bytes:
-    """Raises ValueError, which names the option, when the file cannot be read."""
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise ValueError(f"--{option} {file!r} cannot be read ({error.strerror}); name a file.") from None
-
-
-def read_secret(file: str, option: str) -> str:
-    """The token in a file, without white space around it. Raises ValueError when there is none."""
-    secret = read_bytes(file, option).decode(errors="replace").strip()
-    if not secret.isascii() or not secret.isprintable() or len(secret) < 16:
-        raise ValueError(
-            f"--{option} {file!r} holds no token of 16 or more printable characters; make one: openssl rand -hex 32."
-        )
-    return secret

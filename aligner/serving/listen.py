@@ -6,8 +6,8 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
+from aligner.run.secret import read_bytes, read_secret
 from aligner.serving import grpc_transport, triton_transport
-from aligner.serving.access import read_bytes, read_secret
 from aligner.serving.grpc_transport import GrpcServer, Tls
 from aligner.serving.service import Service
 from aligner.serving.triton_transport import TritonServer

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from aligner.checkpoint.huggingface import Weights
 from aligner.models.shape import ModelShape
 from aligner.rollout.sampling import Sampling
-from aligner.rollout.wire import EngineSampler, TrtllmConfig, last_words, read_key, start_engine
+from aligner.rollout.wire import EngineSampler, TrtllmConfig, last_words, start_engine
 from tests.conftest import save_model
 from tests.refit.layouts import Model
 from tests.refit.test_extension import Trainer
@@ -184,11 +184,21 @@ time.sleep(100)
     assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
 
 
-def test_options_and_keys(tmp_path):
-    (short := tmp_path / "short").write_text("abc")
-    for given, words in ((str(short), "holds 3 bytes, expected 16 or more"), ("/nowhere/k", "cannot be read")):
-        with pytest.raises(ValueError, match=words):
-            read_key(given)
+def test_the_environment_of_an_engine(setup, tmp_path, monkeypatch):
+    """Nothing of torchrun's, whose ranks are the trainer's; its own GPUs; reload on one stream."""
+    for name, value in {"RANK": "3", "MASTER_ADDR": "node1", "CUDA_VISIBLE_DEVICES": "0,1,2,3", "KEPT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (python := tmp_path / "python").write_text("#!/bin/sh\nenv\n")
+    python.chmod(0o755)
+    engine = start_engine(TrtllmConfig(python=str(python)), setup.folder, 64, tmp_path / "log", (2, 3))
+    assert engine._process.wait(20) == 0
+    given = dict(line.split("=", 1) for line in (tmp_path / "log").read_text().splitlines())
+    assert "RANK" not in given and "MASTER_ADDR" not in given
+    wanted = {"CUDA_VISIBLE_DEVICES": "2,3", "KEPT": "1", "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "True"}
+    assert wanted.items() <= given.items()
+
+
+def test_options():
     for wrong in ({"tensor": 0}, {"kv_fraction": 1.0}, {"url": ("a:1",)}, {"node_gb_s": 0.0}):
         with pytest.raises(ValueError):
             TrtllmConfig(**wrong)

@@ -388,7 +388,7 @@ def test_callers_without_the_secret_are_refused(both, tmp_path):
     with pytest.raises(ValueError, match="--reward.token-file '.*' cannot be read"):
         both(service, token_file=str(tmp_path / "none"))
     wrong.write_text("short")
-    with pytest.raises(ValueError, match="holds no token of 16 or more printable characters"):
+    with pytest.raises(ValueError, match="holds no secret of 16 or more printable characters"):
         both(service, token_file=str(wrong))
 
 
