@@ -8,10 +8,12 @@ import argparse
 import os
 import sys
 import threading
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from aligner.rollout.trtllm import EngineConfig, TrtllmSampler, engine_arguments, load_api
+from aligner.models.shape import ModelShape
+from aligner.rollout.trtllm import TrtllmSampler
+from aligner.rollout.trtllm_api import EngineConfig, engine_arguments, load_api
 from aligner.rollout.wire import serve
 from aligner.run.secret import read_secret
 
@@ -43,11 +45,18 @@ def main(argv: list[str] | None = None) -> int:
         key, api = read_secret(given.key_file, "key-file").encode(), load_api()
         config = EngineConfig(**{f.name: getattr(given, f.name) for f in fields(EngineConfig)})
         arguments = engine_arguments(api, given.model, given.context, config)
+        shape = asdict(ModelShape.from_folder(given.model))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sampler = TrtllmSampler.start(api, arguments, config)
-    known = {"model": str(given.model), "tensor": config.tensor, "context": given.context, "engine": api.version}
+    known = {
+        "model": str(given.model),
+        "shape": shape,
+        "tensor": config.tensor,
+        "context": given.context,
+        "engine": api.version,
+    }
     print(f"TensorRT-LLM {api.version} answers at {given.listen}", flush=True)
     serve(sampler, given.listen, key, known)
     return 0

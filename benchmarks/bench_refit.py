@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -103,7 +102,8 @@ class EngineRefit:
     def __init__(self, shape: ModelShape, published: Published, ranks: int, threads: int):
         self.engine, self.published = Engine(shape, ranks), published
         share = max(1, threads // ranks)
-        self.engine.pool = ThreadPoolExecutor(ranks, initializer=set_own_threads, initargs=(share,))
+        for actor in self.engine.actors:
+            actor.submit(set_own_threads, share).result()
         ranks_told = [{"host": socket.gethostname(), "name": published.name, "manifest": None}]
         told = [f.result() for f in self.engine.rpc("refit_attach", asdict(shape), ranks_told, None, DEADLINE_S)]
         torch.set_num_threads(threads)
@@ -117,7 +117,9 @@ class EngineRefit:
 
     def copy(self) -> None:
         """What the refits before this one copied, by all ranks at once."""
-        list(self.engine.pool.map(copy_again, self.engine.workers))
+        pairs = zip(self.engine.actors, self.engine.workers, strict=True)
+        for future in [actor.submit(copy_again, worker) for actor, worker in pairs]:
+            future.result()
 
 
 def copy_again(worker: Worker) -> None:

@@ -29,7 +29,7 @@ from aligner.rollout.conversation import Dialogue, load_environment
 from aligner.rollout.native import NativeSampler
 from aligner.rollout.scoring import Scored, Values, sample_and_score
 from aligner.rollout.transcript import Transcript
-from aligner.rollout.wire import EngineSampler, start_engine
+from aligner.rollout.wire import EngineSampler, check_model, start_engine
 from aligner.run import distributed
 from aligner.run.distributed import agree
 from aligner.run.secret import read_secret
@@ -85,7 +85,7 @@ def open_reward_model(job: Job, folder: Path) -> RewardModel:
     return RewardModel(shape, read, attributes=attributes, trained=True, **untrained, **job.shared())
 
 
-def open_engine(job: Job, devices: list[int]) -> EngineSampler:
+def open_engine(job: Job, devices: list[str]) -> EngineSampler:
     """The engine of this replica, ready. devices: GPUs of one that is started here.
 
     Raises ValueError for one of other sizes than the run needs.
@@ -99,12 +99,7 @@ def open_engine(job: Job, devices: list[int]) -> EngineSampler:
     else:
         log = job.directory.path / f"engine-{here.data}.log"
         engine = start_engine(c, job.folder, job.shape.context, log, devices)
-    known = engine.wait_until_ready(c.start_s)
-    if known["context"] < job.shape.context:
-        raise ValueError(
-            f"the engine at {c.url[here.data]} takes {known['context']} tokens, the model {job.shape.context}; start "
-            f"it with --context {job.shape.context}."
-        )
+    check_model(engine.wait_until_ready(c.start_s), job.shape)
     return engine
 
 

@@ -360,9 +360,8 @@ def _sequences(batch):
 
 
 def _buffered(chunk: nn.Module, parallel: ParallelConfig) -> DistributedDataParallel:
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.distributed_optimizer
-    )
+    fixed = {"grad_reduce_in_fp32": True, "overlap_param_gather": False}  # a refit reads what a step has left
+    config = DistributedDataParallelConfig(**fixed, use_distributed_optimizer=parallel.distributed_optimizer)
     return DistributedDataParallel(chunk.config, config, chunk)
 
 

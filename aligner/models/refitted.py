@@ -9,7 +9,6 @@ have been read back, and nobody may sample from them.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 
 from torch import Tensor
@@ -54,14 +53,12 @@ class Refitted:
         manifest: dict,
         storage: Callable[[], dict[str, Tensor]],
         *,
-        quiet: AbstractContextManager | None = None,
         finish: Callable[[dict[str, Tensor]], None] = lambda storage: None,
     ) -> int:
         """Execute a refit.plan.Plan from its source. Returns the bytes written.
 
         manifest, storage: the destination's, storage by parameter name and asked for once all is quiet.
-        quiet: entered before anything is read; whoever samples has stopped then. finish: after the last copy, before
-        the new version is told.
+        finish: called after the last copy, before the new version is told. Whoever samples has stopped already.
         Raises what the two sides raise. RuntimeError while another refit runs.
         """
         if self.state not in (State.IDLE, State.POISONED):
@@ -70,16 +67,15 @@ class Refitted:
         try:
             self.expect_newer(version)
             self.state = State.QUIESCED
-            with quiet or nullcontext():
-                self.state = State.PREFLIGHT
-                destination = storage()
-                plan.preflight(source, manifest, destination)
-                self.state = State.WRITING
-                self.refusal = f"the refit to version {version} was interrupted"
-                written = plan.execute(source, destination)
-                finish(destination)
-                self.state = State.VERIFIED
-                self.version, self.refusal = version, ""
+            destination = storage()
+            self.state = State.PREFLIGHT
+            plan.preflight(source, manifest, destination)
+            self.state = State.WRITING
+            self.refusal = f"the refit to version {version} was interrupted"
+            written = plan.execute(source, destination)
+            finish(destination)
+            self.state = State.VERIFIED
+            self.version, self.refusal = version, ""
         except Exception as error:
             if self.state is State.WRITING:
                 self.refusal = f"the refit to version {version} failed after its first write ({error})"

@@ -8,6 +8,8 @@ from torch import Tensor
 from aligner.ops import library
 from aligner.ops.logprobs import DTYPES
 
+PIECE = 1 << 22  # elements whose products are held at once, 32 MiB: an engine's GPU has little memory left
+
 
 def refit_copy_reference(
     sources: Sequence[Tensor],
@@ -30,11 +32,18 @@ def refit_copy_reference(
     for source, destination, one in zip(sources, destinations, add_one or [False] * len(sources), strict=True):
         destination.copy_(source.float() + 1 if one else source)
         if checksum:
-            stored = destination.contiguous().flatten()
-            small = stored.element_size() == 2
-            bits = stored.view(torch.int16 if small else torch.int32).long() & (0xFFFF if small else 0xFFFFFFFF)
-            sums.append((bits * ((2 * torch.arange(len(bits), device=bits.device) + 1) & 0xFFFFFFFF)).sum())
+            sums.append(_checksum(destination))
     return torch.stack(sums) if sums else sources[0].new_zeros(0, dtype=torch.int64)
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().flatten()
+    small, total = flat.element_size() == 2, torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, len(flat), PIECE):
+        bits = flat[start : start + PIECE].view(torch.int16 if small else torch.int32).long()
+        weights = 2 * torch.arange(start, start + len(bits), device=bits.device) + 1
+        total += ((bits & (0xFFFF if small else 0xFFFFFFFF)) * (weights & 0xFFFFFFFF)).sum()
+    return total
 
 
 def _box(tensor: Tensor, row: int, column: int, rows: int, columns: int) -> Tensor:

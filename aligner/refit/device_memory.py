@@ -67,5 +67,10 @@ class _Memory:
 
     def tensor(self, device: torch.device) -> Tensor:
         if device.type == "cuda":
-            return torch.as_tensor(self, device=device)
+            tensor = torch.as_tensor(self, device=device)
+            if tensor.data_ptr() != self._pointer:  # it would go stale
+                raise RuntimeError(
+                    f"refit: torch has copied memory of another GPU to {device} instead of reading it there"
+                )
+            return tensor
         return torch.frombuffer((ctypes.c_uint8 * self._size).from_address(self._pointer), dtype=torch.uint8)

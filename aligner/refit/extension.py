@@ -9,6 +9,7 @@ What it is told and what it answers is plain JSON.
 
 import socket
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +20,7 @@ from aligner.models.shape import ModelShape
 from aligner.refit.gate import GoldenGate, layers
 from aligner.refit.plan import compile_plan
 from aligner.refit.pull import Pulled
-from aligner.refit.trtllm_layout import Survey, survey
+from aligner.refit.trtllm_layout import bindings, survey
 
 
 class RefitExtension:
@@ -30,7 +31,8 @@ class RefitExtension:
 
     def refit_where(self) -> dict:
         """The machine that this rank is on."""
-        return {"host": socket.gethostname()}
+        mapping = self.engine.model_engine.mapping
+        return {"rank": mapping.tp_rank, "host": socket.gethostname()}
 
     def refit_attach(
         self, shape: dict, ranks: list[dict], meeting: dict | None = None, timeout_s: float = 60.0
@@ -45,8 +47,8 @@ class RefitExtension:
         found = survey(self._refit_model(), _shape(shape), rank=self._refit_rank, ranks=tp)
         self._refit_source = Pulled(ranks, meeting, self._refit_rank, self._refit_device(), timeout_s)
         plan = compile_plan(self._refit_source.manifest(), found.manifest)
-        self._refit_found, self._refit_plan = found, GoldenGate(plan, found.manifest, self._refit_reload)
-        self._refit_bindings = _bindings(found)
+        self._refit_found, self._refit_plan = found, GoldenGate(plan, found.manifest, self._refit_as_upstream)
+        self._refit_bindings = bindings(self._refit_model())
         self._refit_state, self._refit_asleep = Refitted(), False
         written = sum(t.numel() * t.element_size() for t in found.parameters.values())
         return {
@@ -65,7 +67,7 @@ class RefitExtension:
         asked, has = plans[self._refit_rank], self._refit_plan.plan.digest
         if asked != has:
             raise ValueError(f"refit: asked for the plan {asked[:12]}, this rank has {has[:12]}.")
-        if _bindings(self._refit_found) != self._refit_bindings:
+        if bindings(self._refit_model()) != self._refit_bindings:
             raise ValueError("refit: the engine's weights lie elsewhere than when the plan was compiled; attach again.")
         if not again:
             self._refit_state.expect_newer(version)
@@ -78,18 +80,16 @@ class RefitExtension:
         deadline: by time.time(); requests that have not ended by then make it raise TimeoutError with nothing changed.
         again: repeat a version that not all ranks have.
         """
-        self.refit_ready(version, plans, again=again)
-        if self._refit_asleep:
-            raise ValueError("refit: the engine's weights are released; wake them first.")
-        state, began = self._refit_state, time.time()
-        if again:
-            state.version = min(state.version, version - 1)
-        shared = {"quiet": self._refit_quiet(deadline), "finish": self._refit_finish}
-        found = self._refit_found
-        written = state.refit(
-            self._refit_plan, self._refit_source, version, found.manifest, lambda: found.parameters, **shared
-        )
-        return self.refit_tell() | {"bytes": written, "seconds": time.time() - began}
+        with self._refit_quiet(deadline):  # before all else: a rank that never came would leave the others in it
+            self.refit_ready(version, plans, again=again)
+            if self._refit_asleep:
+                raise ValueError("refit: the engine's weights are released; wake them first.")
+            state, found, began = self._refit_state, self._refit_found, time.time()
+            if again:
+                state.version = min(state.version, version - 1)
+            given = self._refit_source, version, found.manifest, lambda: found.parameters
+            written = state.refit(self._refit_plan, *given, finish=self._refit_finish)
+            return self.refit_tell() | {"bytes": written, "seconds": time.time() - began}
 
     def refit_end(self) -> dict:
         """Whatever became of a refit: ranks that give over the network may go on."""
@@ -122,16 +122,30 @@ class RefitExtension:
             yield
 
     def _refit_finish(self, _storage: dict) -> None:
-        found = self._refit_found
-        if found.reloaded:  # upstream's own way, with what its modules do before and after
-            _hooks(found.modules, "pre_reload_weights")
-            for tensors in layers(self._refit_source, found.reloaded, self._refit_device()):
-                self._refit_reload(tensors)
-            _hooks(found.modules, "process_weights_after_loading", "post_load_weights")
+        reloaded = self._refit_found.reloaded
+        if reloaded:
+            self._refit_as_upstream(layers(self._refit_source, reloaded, self._refit_device()))
+        else:
+            finish(self._refit_model())
+        if bindings(self._refit_model()) != self._refit_bindings:
+            raise RuntimeError(
+                "refit: the engine's own hooks have put weights elsewhere, where no captured graph reads"
+            )
         self.engine.reset_prefix_cache()
 
-    def _refit_reload(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.engine.model_engine.model_loader.reload(self._refit_model(), tensors, allow_partial_loading=True)
+    def _refit_as_upstream(self, layers: Iterable[dict[str, torch.Tensor]]) -> None:
+        """Load tensors upstream's own way, with what its modules do before and after."""
+        model, loader = self._refit_model(), [self.engine.model_engine.model_loader]
+        _call(loader, "begin_update_weights")  # of newer versions
+        try:
+            _call(model.modules(), "pre_reload_weights")
+            for tensors in layers:
+                self.engine.model_engine.model_loader.reload(model, tensors, allow_partial_loading=True)
+            _call(loader, "finalize_update_weights")
+        except Exception:
+            _call(loader, "abort_update_weights")
+            raise
+        finish(model)
 
     def _refit_device(self) -> torch.device:
         return next(self._refit_model().parameters()).device
@@ -140,17 +154,26 @@ class RefitExtension:
         return self.engine.model_engine.model
 
 
-def _hooks(modules: list[torch.nn.Module], *names: str) -> None:
-    for name in names:
-        for module in modules:
-            if hasattr(module, name):  # not all modules have all of them
-                getattr(module, name)()
+def finish(model: torch.nn.Module) -> None:
+    """Let modules derive what they keep beside their weights; it stays where captured graphs read it."""
+    for module in model.modules():
+        if getattr(module, "_weights_removed", False):
+            continue
+        kept = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+        _call([module], "process_weights_after_loading")
+        _call([module], "post_load_weights")
+        for name, tensor in kept.items():
+            derived = getattr(module, name, None)
+            if isinstance(derived, torch.Tensor) and derived.data_ptr() != tensor.data_ptr():
+                tensor.copy_(derived)
+                setattr(module, name, tensor)
+
+
+def _call(holders: Iterable, name: str) -> None:
+    for holder in holders:
+        if hasattr(holder, name):  # neither all versions nor all modules have it
+            getattr(holder, name)()
 
 
 def _shape(fields: dict) -> ModelShape:
     return ModelShape(**fields | {"rope": Rope(**fields["rope"])})
-
-
-def _bindings(found: Survey) -> dict[str, tuple]:
-    """Where each parameter lies: a refit never moves one, or captured CUDA graphs would read the old place."""
-    return {name: (t.data_ptr(), t.shape, t.stride(), t.dtype) for name, t in found.parameters.items()}

@@ -1,6 +1,6 @@
 """Before the fast path is trusted: its first refit is held against upstream's own way of loading, bit by bit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ class GoldenGate:
     """A plan whose first execution must leave what `reload` leaves; afterwards it is the plan.
 
     manifest: of the destination.
-    reload: takes some whole Hugging Face tensors by name, and puts them where they belong in the destination. It is
-        given a layer at a time.
+    reload: takes whole Hugging Face tensors by name, those of a layer at a time, and puts them where they belong in the
+        destination, with all that upstream does before and after.
     """
 
-    def __init__(self, plan: Plan, manifest: dict, reload: Callable[[dict[str, Tensor]], None]):
+    def __init__(self, plan: Plan, manifest: dict, reload: Callable[[Iterable[dict[str, Tensor]]], None]):
         self.plan, self._manifest, self._reload, self.passed = plan, manifest, reload, False
 
     def preflight(self, source: Pulled, manifest: dict, destination: dict[str, Tensor]) -> None:
@@ -30,8 +30,7 @@ class GoldenGate:
         if self.passed:
             return source.execute(self.plan, self._manifest, destination)
         names, into = list(self.plan.destinations), [destination[name] for name in self.plan.destinations]
-        for tensors in layers(source, _behind(self.plan), into[0].device):
-            self._reload(tensors)
+        self._reload(layers(source, _behind(self.plan), into[0].device))
         wanted = execute.checksums(self.plan.boxes, into)
         for name, tensor in destination.items():
             tensor.fill_(torch.nan)  # nothing is left of it by accident

@@ -40,46 +40,50 @@ class PulledReplica:
     it and call its methods together.
 
     policy: this rank's part of the weights. shape: of the policy.
-    open_engine: called on the rank that leads, with the replica's GPUs on its machine, none without CUDA.
+    open_engine: called on the rank that leads, with the replica's GPUs on its machine as CUDA_VISIBLE_DEVICES names
+        them, none without CUDA.
     shares: whether the engine is on those, and has to sleep while the trainer trains.
     """
 
-    def __init__(self, policy: Source, shape: ModelShape, open_engine: Callable[[list[int]], Pulling], *, shares: bool):
+    def __init__(self, policy: Source, shape: ModelShape, open_engine: Callable[[list[str]], Pulling], *, shares: bool):
         here, host, self._shares, self._sender = distributed.place(), socket.gethostname(), shares, None
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        everyone = gather(lambda: (here.data, here.context, host, device))
-        devices = [d for data, _, at, d in everyone if (data, at) == (here.data, host) and d is not None]
+        everyone = gather(lambda: (here.data, host, distributed.gpu()))
+        devices = [gpu for data, at, gpu in everyone if (data, at) == (here.data, host) and gpu is not None]
         self.sampler = agree(lambda: open_engine(devices) if here.leads else None)
-        engines = next(w for data, w in gather(lambda: (here.data, self.sampler and self.sampler.where()))
-                       if data == here.data and w)  # fmt: skip
+        engines = {data: at for data, at in gather(lambda: (here.data, self.sampler and self.sampler.where())) if at}
         gives = here.context == 0  # context-parallel ranks hold the same weights
-        near = gives and host in engines
+        near = gives and host in engines[here.data]
         self._own = agree(lambda: _publisher(replica_name(here, os.getpid()), policy) if near else None)
         told = {"host": host, "name": replica_name(here, os.getpid()), "manifest": None}
-        ranks = [(r, t) for r, (data, g, t) in enumerate(gather(lambda: (here.data, gives, told)))
-                 if data == here.data and g]  # fmt: skip
-        if any(at != t["host"] for at in engines for _, t in ranks):
-            self._meet(policy, shape, [r for r, _ in ranks], [t for _, t in ranks], len(engines), gives)
+        everyone = list(enumerate(gather(lambda: (here.data, gives, told))))
+        ranks = {rank: t for rank, (data, g, t) in everyone if data == here.data and g}
+        # Of any replica: all ranks take part in what is gathered then.
+        if any(at != t["host"] for _, (data, g, t) in everyone if g for at in engines[data]):
+            self._meet(policy, shape, list(ranks), list(ranks.values()), engines[here.data], gives)
         else:
-            agree(lambda: self.sampler and self.sampler.attach(asdict(shape), [t for _, t in ranks], None))
+            agree(lambda: self.sampler and self.sampler.attach(asdict(shape), list(ranks.values()), None))
 
-    def _meet(self, policy: Source, shape: ModelShape, ranks: list[int], told: list[dict], engines: int, gives: bool):
-        """Make a group with the engine's ranks, which attach at the same time."""
-        here, patience, store = distributed.place(), distributed.PATIENCE, None
-        if here.leads:
+    def _meet(
+        self, policy: Source, shape: ModelShape, ranks: list[int], told: list[dict], engines: list[str], gives: bool
+    ) -> None:
+        """Make a group with the engine's ranks, which attach at the same time, where any is on another machine."""
+        here, host, patience, store = distributed.place(), socket.gethostname(), distributed.PATIENCE, None
+        if here.leads and any(at != t["host"] for at in engines for t in told):
             store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False, timeout=patience)
-        place = {"host": socket.gethostname(), "port": store.port, "engines": engines} if store else None
-        meeting = next(m for data, m in gather(lambda: (here.data, place)) if data == here.data and m)
+        place = {"host": host, "port": store.port, "engines": len(engines)} if store else None
+        meetings = gather(lambda: (here.data, place))
+        meeting = next((m for data, m in meetings if data == here.data and m), None)
         manifests = gather(policy.manifest)
         told = [t | {"manifest": manifests[rank]} for rank, t in zip(ranks, told, strict=True)]
         attaching = _Meanwhile(lambda: self.sampler and self.sampler.attach(asdict(shape), told, meeting))
 
         def make() -> Sender | None:
-            if not gives:
+            if not gives or not meeting:
                 return None
             mine = store or dist.TCPStore(meeting["host"], meeting["port"], is_master=False, timeout=patience)
-            group = Group(mine, ranks.index(dist.get_rank()), len(ranks), engines, _device(policy), patience)
-            return Sender(group, join([manifests[rank] for rank in ranks]), policy)
+            group = Group(mine, ranks.index(dist.get_rank()), len(ranks), len(engines), _device(policy), patience)
+            far = {number for number, at in enumerate(engines) if at != host}
+            return Sender(group, join([manifests[rank] for rank in ranks]), policy, far)
 
         self._sender, self._store = agree(make), store
         agree(attaching.result)
@@ -87,6 +91,8 @@ class PulledReplica:
     def refit(self, version: int) -> None:
         """The weights as they are now go into the engine, as `version`. Returns when all engines have them."""
         agree(lambda: self._own and self._own.publish(version))
+        if self._shares and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the trainer keeps for its next step, the engine needs to wake up in
         pulling = _Meanwhile(lambda: self.sampler and self.sampler.pull(version))
         agree(lambda: self._sender and self._sender.serve(version))
         agree(pulling.result)

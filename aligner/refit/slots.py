@@ -1,7 +1,7 @@
 """Weights over a network: trainer ranks pack what an engine rank's plan takes of them into slots, and send these.
 
     engine rank e                                  trainer rank i
-    [version, whether it wants any, bytes of a manifest], manifest  ->   compiles the plan, or has it
+    [version, bytes of a manifest], manifest  ->   compiles the plan, or has it
     refusal, slots, a slot and its checksums  <-   packs slot k + 1 while k is on its way
     unpacks slot k while k + 1 is on its way
 
@@ -128,31 +128,35 @@ def _places(at: Sequence[int], row: int) -> tuple[int, int]:
 
 
 class Sender:
-    """A trainer rank's side. manifest: of all trainer ranks, joined; source: this rank's own parameters."""
+    """A trainer rank's side. manifest: of all trainer ranks, joined; source: this rank's own parameters.
 
-    def __init__(self, group: Group, manifest: dict, source: Source):
-        self._group, self._manifest, self._source = group, manifest, source
+    far: engine ranks on other machines. Those on this one read the weights where they lie, and nothing is sent to them:
+    with NCCL two ranks that share a GPU could not even talk.
+    """
+
+    def __init__(self, group: Group, manifest: dict, source: Source, far: set[int]):
+        self._group, self._manifest, self._source, self._far = group, manifest, source, far
         self._plans: dict[str, list[list[Piece]]] = {}
         self._asked: dict[int, str] = {}  # engine rank -> the manifest that it asked with last
         self._buffers = [torch.empty(SLOT_BYTES, dtype=torch.uint8, device=group.device) for _ in range(2)]
 
     def serve(self, version: int) -> None:
         """Give every engine rank what it asks for, until all have ended. Raises RuntimeError when one goes away."""
-        live = set(range(self._group.trainers, self._group.trainers + self._group.engines))
+        live = {self._group.trainers + engine for engine in self._far}
         while live:
             for engine in self._group.partners():
                 if engine in live and not self._answer(engine, version):
                     live.remove(engine)
 
     def _answer(self, engine: int, version: int) -> bool:
-        asked, wanted, length = self._group.receive_numbers(3, engine)
+        asked, length = self._group.receive_numbers(2, engine)
         if asked == END:
             return False
         if length:
             text = torch.empty(length, dtype=torch.uint8, device=self._group.device)
             self._group.wait(self._group.receive(text, engine))
             self._asked[engine] = self._known(bytes(text.cpu().numpy()))
-        pieces = self._plans[self._asked[engine]] if wanted else []
+        pieces = self._plans[self._asked[engine]]
         if asked != version:
             self._group.send_numbers((version, 0), engine)
             return True
@@ -205,21 +209,32 @@ class Receiver:
         """
         text = json.dumps(manifest).encode()
         digest = hashlib.sha256(text).hexdigest()
-        for place, rank in enumerate(self._group.partners()):
-            self._next, wanted = place + 1, rank not in self._near
-            self._group.send_numbers((version, int(wanted), 0 if self._told == digest else len(text)), rank)
+        for place, rank in enumerate(self._partners()):
+            self._next = place + 1
+            self._group.send_numbers((version, 0 if self._told == digest else len(text)), rank)
             if self._told != digest:
                 packed = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self._group.device)
                 self._group.wait(self._group.send(packed, rank))
-            self._receive(slots(plan, rank) if wanted else [], rank, destination, version)
+            self._receive(slots(plan, rank), rank, destination, version)
         self._told = digest
 
+    def _partners(self) -> list[int]:
+        return [rank for rank in self._group.partners() if rank not in self._near]
+
     def end(self) -> None:
-        """Let the trainer's ranks go on: first those that a pass which failed has not come to."""
-        partners = list(self._group.partners())
+        """Let the trainer's ranks go on: first those that a pass which failed has not come to.
+
+        All of them are told, whatever becomes of one; then what it raised is raised.
+        """
+        partners, lost = self._partners(), None
         for rank in partners[self._next :] + partners[: self._next]:
-            self._group.send_numbers((END, 0, 0), rank)
+            try:
+                self._group.send_numbers((END, 0), rank)
+            except RuntimeError as error:
+                lost = error
         self._told, self._next = "", 0
+        if lost:
+            raise lost
 
     def _receive(self, pieces: list[list[Piece]], rank: int, destination: dict[str, Tensor], version: int) -> None:
         held, count = self._group.receive_numbers(2, rank)

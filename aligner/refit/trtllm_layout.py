@@ -30,13 +30,12 @@ class Survey:
     """A rank's model: what a refit writes, and what it leaves to upstream's own reload.
 
     manifest: as of models.weights, of what is written directly. parameters: their live storage, by name.
-    reloaded: Hugging Face names of the tensors behind `modules`, which must not be written directly.
+    reloaded: Hugging Face names of the tensors behind modules that must not be written directly.
     """
 
     manifest: dict
     parameters: dict[str, Tensor]
     reloaded: list[str]
-    modules: list[nn.Module]
 
 
 def check_shape(shape: ModelShape, ranks: int) -> None:
@@ -96,10 +95,12 @@ def survey(model: nn.Module, shape: ModelShape, *, rank: int, ranks: int) -> Sur
     """Look at a rank's live modules.
 
     Raises ValueError, which lists all of them at once, for parameters and buffers of floating point that no entry
-    covers, for those of another shape than the model's, and for memory that two of them share in part.
+    covers, for those of another shape than the model's, for quantised modules, and for memory that two of them share
+    in part.
     """
     check_shape(shape, ranks)
-    entries, parameters, reloaded, modules, odd, covered = [], {}, [], [], [], set()
+    entries, parameters, reloaded, covered = [], {}, [], set()
+    odd = [f"{name} is quantised ({method})" for name, method in _quantised(model)]
     for name, tensor, module in _held(model):
         try:
             axis, parts = _parts(name, shape, rank, ranks)
@@ -110,19 +111,31 @@ def survey(model: nn.Module, shape: ModelShape, *, rank: int, ranks: int) -> Sur
         covered.update(behind)
         if not _writable(module):
             reloaded += behind
-            modules.append(module)
             continue
         try:
             entries.append(entry(name, tensor, parts, axis))
         except ValueError as error:
             odd.append(str(error))
         parameters[name] = tensor
-    absent = sorted(name for name in shape.tensors() if name not in covered and not (ranks > 1 and name in VOCABULARY))
+    no_rows = {name for name in VOCABULARY if rank * -(-shape.vocab // ranks) >= shape.vocab}
+    absent = sorted(name for name in shape.tensors() if name not in covered | no_rows)
     odd += [f"{name} is nowhere in the engine" for name in absent] + _overlaps(parameters)
     if odd:
         raise ValueError(f"refit: {len(odd)} things of the engine fit no refit: {'; '.join(odd)}.")
-    left = {"reloaded": reloaded, "modules": list(dict.fromkeys(modules))}
-    return Survey(manifest=manifest(shape.tensors(), entries), parameters=parameters, **left)
+    return Survey(manifest=manifest(shape.tensors(), entries), parameters=parameters, reloaded=reloaded)
+
+
+def bindings(model: nn.Module) -> dict[str, tuple]:
+    """Where each parameter lies: a refit never moves one, or captured CUDA graphs would read the old place."""
+    return {name: (t.data_ptr(), t.shape, t.stride(), t.dtype) for name, t, _ in _held(model)}
+
+
+def _quantised(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name, method) of modules whose weights are not a checkpoint's numbers, which a trainer has no scales for."""
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None and type(method).__name__ != UNQUANTISED:
+            yield name, type(method).__name__
 
 
 def _held(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
@@ -142,14 +155,9 @@ def _held(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
 
 def _writable(module: nn.Module) -> bool:
     """Whether nothing lies between a checkpoint's numbers and the module's memory. Fails closed."""
-    method = getattr(module, "quant_method", None)
-    if method is not None and type(method).__name__ != UNQUANTISED:
-        return False
     if getattr(module, "rebuild_tensor_metadata", None) or getattr(module, "transform_weights", None):
         return False
-    return not any(
-        t.dtype not in (torch.float32, torch.bfloat16, torch.float16) for t in module.parameters(recurse=False)
-    )
+    return all(t.dtype in DTYPES for t in module.parameters(recurse=False))
 
 
 def _overlaps(parameters: dict[str, Tensor]) -> list[str]:

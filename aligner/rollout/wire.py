@@ -7,8 +7,11 @@ Both sides are here; neither imports Megatron-core or TensorRT-LLM.
 
 import contextlib
 import json
+import os
 import queue
 import secrets
+import socket
+import struct
 import subprocess
 import tempfile
 import threading
@@ -22,16 +25,27 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from aligner.data.batch import Rollout
+from aligner.models.shape import ModelShape
 from aligner.rollout.sampling import Response, Sampling, check_prompts, pack_responses
-from aligner.rollout.trtllm import EngineConfig, TrtllmSampler
+from aligner.rollout.trtllm import TrtllmSampler
+from aligner.rollout.trtllm_api import EngineConfig
 
 BEAT_S, SILENCE_S = 5.0, 60.0  # an engine that works says so; one that has been silent for so long is gone
+STRANGER_S = 10  # that a caller has to prove that it has the key
 MOST_BYTES = 1 << 30  # of a message
 KINDS = {kind.__name__: kind for kind in (ValueError, TimeoutError, RuntimeError)}
 # What torchrun tells its processes is not for an engine, whose ranks are its own.
-NOT_FOR_ENGINES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
-# Upstream's reload would copy from a pool of threads, of which each has a stream of its own.
-IN_ORDER = "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL=True"
+NOT_FOR_ENGINES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "GROUP_NAME"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "PYTHONPATH"),
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE"),
+)
+FOR_ENGINES = (
+    # Upstream's reload would copy from a pool of threads, each on a stream of its own.
+    "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL=True",
+    # The next replica's engine would join the first one's Ray cluster, whose GPUs are taken.
+    "TLLM_RAY_FORCE_LOCAL_CLUSTER=1",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +56,7 @@ class TrtllmConfig(EngineConfig):
     """host:port of engines on GPUs of their own, one a replica (python -m aligner.trtllm)."""
     key_file: str = ""
     """File with the key of the engines at those addresses."""
-    start_s: float = 1800.0
+    start_s: float = 1200.0
     """Seconds that an engine may take to start."""
     node_gb_s: float = 400.0
     """GB/s between GPUs of a node, for --dry-run's prediction."""
@@ -79,8 +93,10 @@ def serve(sampler: TrtllmSampler, address: str, key: bytes, known: dict) -> None
 def _answer(connection: Connection, sampler: TrtllmSampler, key: bytes, known: dict) -> None:
     with connection:
         try:
+            _patience(connection, STRANGER_S)
             connections.deliver_challenge(connection, key)
             connections.answer_challenge(connection, key)
+            _patience(connection, 0)
             request = json.loads(connection.recv_bytes(MOST_BYTES))
             call = _Call(request, sampler, known)
             for work in (call.run, lambda: call.watch(connection)):
@@ -89,6 +105,13 @@ def _answer(connection: Connection, sampler: TrtllmSampler, key: bytes, known: d
                 connection.send_bytes(json.dumps(message).encode())
         except (AuthenticationError, OSError, EOFError, ValueError):  # a stranger, or one who has left
             return
+
+
+def _patience(connection: Connection, seconds: int) -> None:
+    """Reading raises OSError when nothing comes for so long; 0 for ever."""
+    socket.socket(fileno=os.dup(connection.fileno())).setsockopt(
+        socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0)
+    )
 
 
 class _Call:
@@ -236,20 +259,38 @@ class EngineSampler:
             time.sleep(0.2)
 
 
+def check_model(known: dict, shape: ModelShape) -> None:
+    """Raise ValueError unless the engine that describes itself so has this model and takes its sequences."""
+    ours, theirs = json.loads(json.dumps(asdict(shape))), known["shape"]
+    odd = [f"{name} {theirs.get(name)} for {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
+    if odd := [words for words in odd if not words.startswith("context ")]:
+        raise ValueError(
+            f"the engine has another model than the trainer ({', '.join(odd)}); start it with --model of this run."
+        )
+    if known["context"] < shape.context:
+        raise ValueError(
+            f"the engine takes {known['context']} tokens, the model {shape.context}; start it with --context "
+            f"{shape.context}."
+        )
+
+
 def last_words(log: str) -> str:
     lines = [line for line in Path(log).read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1] if lines else "none"
 
 
-def start_engine(config: TrtllmConfig, model: Path, context: int, log: Path, devices: Sequence[int]) -> EngineSampler:
-    """An engine of this replica, which ends with this process. devices: GPUs it may use; none for all."""
+def start_engine(config: TrtllmConfig, model: Path, context: int, log: Path, devices: Sequence[str]) -> EngineSampler:
+    """An engine of this replica, which ends with this process.
+
+    devices: GPUs it may use, as CUDA_VISIBLE_DEVICES names them; none for all.
+    """
     folder = tempfile.TemporaryDirectory(prefix="aligner-engine-")
     key, key_file, address = secrets.token_hex(32), Path(folder.name) / "key", f"{folder.name}/socket"
     key_file.touch(0o600)
     key_file.write_text(key)
     clean = [word for name in NOT_FOR_ENGINES for word in ("-u", name)]
-    seen = [f"CUDA_VISIBLE_DEVICES={','.join(map(str, devices))}"] if devices else []
-    command = ["env", *clean, IN_ORDER, *seen, config.python, "-m", "aligner.trtllm", "--with-parent"]
+    seen = [f"CUDA_VISIBLE_DEVICES={','.join(devices)}"] if devices else []
+    command = ["env", *clean, *FOR_ENGINES, *seen, config.python, "-m", "aligner.trtllm", "--with-parent"]
     command += ["--model", str(model), "--context", str(context), "--listen", address, "--key-file", str(key_file)]
     for name in EngineConfig.__dataclass_fields__:
         command += [f"--{name.replace('_', '-')}", str(getattr(config, name))]

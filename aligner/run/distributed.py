@@ -136,6 +136,15 @@ def place() -> Place:
     )
 
 
+def gpu() -> str | None:
+    """This process's GPU as CUDA_VISIBLE_DEVICES would name it to another; None without CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    seen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    number = torch.cuda.current_device()
+    return seen[number] if seen else str(number)
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes what a run writes once. Known before initialize() too."""
     return os.environ.get("RANK", "0") == "0"

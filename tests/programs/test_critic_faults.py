@@ -70,7 +70,7 @@ def policy(done: Path) -> bytes:
 
 
 OF_TRITON = [fault for fault in FAULTS if "Triton" in fault]
-LONG = ("values", "answer", "of Triton during", "SIGSTOP")  # half a minute each, and much like others
+LONG = ("values", "answer", "of Triton", "SIGSTOP", "while it saves")  # half a minute each, and much like others
 CASES = [("grpc", fault) for fault in FAULTS if fault not in OF_TRITON]
 CASES += [
     pytest.param("pytriton", fault, marks=[pytest.mark.full] if any(word in fault for word in LONG) else [])

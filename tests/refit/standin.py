@@ -7,8 +7,10 @@ forward reads what lies there and nothing else.
 
 import ctypes
 import math
+import queue
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -26,7 +28,7 @@ class UnquantizedLinearMethod:
 
 
 class FP8BlockScalesLinearMethod:
-    """Its weights are repacked as they are loaded: here, halved."""
+    """Its weights go with scales."""
 
 
 class Linear(nn.Module):
@@ -97,8 +99,7 @@ class ModelLoader:
                 if all(g is None for g in given) and allow_partial_loading:
                     continue
                 cut = torch.cat([self._cut(n.rpartition(".")[2], g, module) for n, g in zip(names, given, strict=True)])
-                scale = 0.5 if isinstance(getattr(module, "quant_method", None), FP8BlockScalesLinearMethod) else 1.0
-                parameter.data[: len(cut)].copy_(cut * scale)
+                parameter.data[: len(cut)].copy_(getattr(module, "transform_weights", lambda t: t)(cut))
 
     def _cut(self, part: str, tensor: Tensor, module: nn.Module) -> Tensor:
         if isinstance(module, Norm):
@@ -223,18 +224,41 @@ class Worker(BaseWorker, RefitExtension):
     """A rank's worker with the extension mixed in."""
 
 
+class Actor:
+    """Calls of one rank, one after the other, as Ray's actors take them: a call that waits has the next ones wait."""
+
+    def __init__(self):
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def submit(self, call: Callable, *arguments, **named) -> Future:
+        future = Future()
+        self._calls.put((future, call, arguments, named))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, call, arguments, named = self._calls.get()
+            try:
+                if future.set_running_or_notify_cancel():
+                    future.set_result(call(*arguments, **named))
+            except BaseException as error:
+                future.set_exception(error)
+            del future, call, arguments, named  # or the last one would be kept until the next comes
+
+
 class Engine:
     """All ranks, called as AsyncLLM.collective_rpc calls them."""
 
     def __init__(self, shape: ModelShape, ranks: int):
         self.shape, self.executor = shape, Executor(ranks)
         self.workers = [Worker(shape, self.executor, rank, ranks) for rank in range(ranks)]
-        self.pool = ThreadPoolExecutor(4 * ranks)
+        self.actors = [Actor() for _ in range(ranks)]
 
-    def rpc(self, method: str, *arguments, without: int | None = None, **named) -> list[Future]:
-        """A future of each rank's answer. without: the rank that is not told."""
-        told = [worker for rank, worker in enumerate(self.workers) if rank != without]
-        return [self.pool.submit(getattr(worker, method), *arguments, **named) for worker in told]
+    def rpc(self, method: str, *arguments, **named) -> list[Future]:
+        """A future of each rank's answer."""
+        pairs = zip(self.actors, self.workers, strict=True)
+        return [actor.submit(getattr(worker, method), *arguments, **named) for actor, worker in pairs]
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:

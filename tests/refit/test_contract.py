@@ -101,6 +101,16 @@ def test_facts_of_a_source_tree(tmp_path):
     assert engine["methods"]["__init__"]["parameters"] == ["self", "path", "*", "mapping=None"]
 
 
+def test_what_is_extracted_is_what_the_facts_are_of():
+    """Or what is installed would never agree with them."""
+    pins, known = tool().PINS, {}
+    for version in VERSIONS:
+        for module, found in facts(version)["modules"].items():
+            assert len(found["commit"].split()[0]) == 40
+            known.setdefault(module, set()).update(found["names"])
+    assert known == {module: set(names) for module, names in pins.items()}
+
+
 def test_differences_are_told_one_by_one(tmp_path, capsys):
     old, new = (facts(version) for version in VERSIONS)
     for name, side in (("old", old), ("new", new)):
@@ -212,7 +222,7 @@ def test_the_engine_s_side_needs_no_megatron():
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_upstream_import_is_pinned(version: str):
-    """And nothing but rollout.trtllm imports upstream at all."""
+    """And nothing but rollout.trtllm_api imports upstream at all."""
     modules, seen = facts(version)["modules"], []
     for path in [*ROOT.glob("aligner/**/*.py")]:
         tree = ast.parse(path.read_text())
@@ -221,7 +231,7 @@ def test_every_upstream_import_is_pinned(version: str):
             if isinstance(node, ast.Import):
                 assert not any(alias.name.startswith("tensorrt_llm") for alias in node.names), path
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tensorrt_llm"):
-                assert path.name == "trtllm.py"
+                assert path.name == "trtllm_api.py"
                 for alias in node.names:
                     seen.append(alias.name)
                     whole = f"{node.module}.{alias.name}"

@@ -95,10 +95,7 @@ def attach(engine: Engine, trainer: Trainer) -> str:
 
 
 def refit(engine: Engine, version: int, plans: list[str], **named) -> list[dict]:
-    waiting = [
-        engine.pool.submit(worker.refit, version, plans, deadline=time.time() + SOON, **named)
-        for worker in engine.workers
-    ]
+    waiting = engine.rpc("refit", version, plans, deadline=time.time() + SOON, **named)
     wait(waiting, SOON)  # for all of them, also where one has failed
     return [f.result(0) for f in waiting]
 
@@ -275,12 +272,16 @@ def test_what_is_wrong_before_the_first_write_changes_nothing(pair):
 def test_weights_that_have_moved(pair):
     engine, trainer, plans = pair
     module = engine.workers[1].model.model.layers[0].mlp.down_proj
-    kept, moved = module.weight.data, module.weight.data.clone()
-    engine.workers[1]._refit_found.parameters["model.layers.0.mlp.down_proj.weight"].set_(moved)
+    kept = module.weight.data
     trainer.publish(after(1), 1)
-    with pytest.raises(ValueError, match="lie elsewhere than when the plan was compiled"):
-        engine.workers[1].refit_ready(1, plans)
-    assert torch.equal(kept, moved) and is_at(engine, 0)
+    for again in (lambda t: nn.Parameter(t.clone()), lambda t: nn.Parameter(t.double())):
+        module.weight = again(kept)
+        for call in (lambda: engine.workers[1].refit_ready(1, plans), lambda: refit(engine, 1, plans, again=True)):
+            with pytest.raises(ValueError, match="lie elsewhere than when the plan was compiled"):
+                call()
+    module.weight = nn.Parameter(kept)
+    refit(engine, 1, plans, again=True)
+    assert is_at(engine, 1)
 
 
 def test_requests_that_do_not_end(pair):
@@ -289,12 +290,9 @@ def test_requests_that_do_not_end(pair):
     trainer.publish(after(1), 1)
     busy = engine.executor.request()
     busy.__enter__()
-    waiting = [engine.pool.submit(worker.refit, 1, plans, deadline=time.time() + 0.3) for worker in engine.workers]
+    waiting = engine.rpc("refit", 1, plans, deadline=time.time() + 0.3)
     time.sleep(0.5)
     assert not any(f.done() for f in waiting)
-    assert [w.refit_tell()["state"] for w in engine.workers] == ["quiesced"] * 2
-    with pytest.raises(RuntimeError, match="another one is quiesced"):  # a second refit meanwhile
-        engine.workers[0].refit(1, plans, deadline=time.time())
     busy.__exit__(None, None, None)
     for future in waiting:
         with pytest.raises(TimeoutError, match="requests did not end in time"):
@@ -308,10 +306,11 @@ def test_a_rank_that_is_not_told(pair):
     """The others wait in the control action; nothing is written until it comes."""
     engine, trainer, plans = pair
     trainer.publish(after(1), 1)
-    first = engine.pool.submit(engine.workers[0].refit, 1, plans, deadline=time.time() + SOON)
+    given = {"deadline": time.time() + SOON}
+    first = engine.actors[0].submit(engine.workers[0].refit, 1, plans, **given)
     time.sleep(0.3)
     assert not first.done() and is_at(engine, 0)
-    second = engine.pool.submit(engine.workers[1].refit, 1, plans, deadline=time.time() + SOON)
+    second = engine.actors[1].submit(engine.workers[1].refit, 1, plans, **given)
     assert [f.result(SOON)["version"] for f in (first, second)] == [1, 1] and is_at(engine, 1)
 
 
@@ -331,9 +330,10 @@ def test_a_failure_after_the_first_write_poisons_until_all_is_written_again(pair
         monkeypatch.setattr(execute, "verify", flip)
         words = "pieces read back other than they were written"
     else:  # the trainer's next version comes while the engine copies, or the trainer goes away
-        write = execute.write
+        write, both = execute.write, threading.Barrier(2)  # a rank that is still asking would be refused
 
         def interrupted(*given):
+            both.wait(SOON)
             trainer.published[0]._board.tell(7) if fault == "overtaken" else trainer.published[0].close()
             return write(*given)
 
@@ -354,7 +354,7 @@ def test_a_failure_after_the_first_write_poisons_until_all_is_written_again(pair
 def test_modules_that_must_not_be_written_go_by_reload(tmp_path):
     engine, trainer = Engine(shape_of(SMALL), 2), Trainer(SMALL, 2, 2)
     for worker in engine.workers:
-        worker.model.model.layers[1].mlp.gate_up_proj.quant_method = FP8BlockScalesLinearMethod()
+        worker.model.model.layers[1].mlp.gate_up_proj.transform_weights = lambda t: 0.5 * t
     try:
         told = [f.result(SOON) for f in engine.rpc("refit_attach", asdict(engine.shape), trainer.told, None, 1.0)]
         names = [f"model.layers.1.mlp.{c}_proj.weight" for c in ("gate", "up")]
@@ -370,16 +370,66 @@ def test_modules_that_must_not_be_written_go_by_reload(tmp_path):
                 assert torch.equal(mine[name], scale * theirs[name]), (rank, name)
 
 
+def test_what_modules_derive_from_their_weights_is_derived_anew_where_graphs_read_it(pair):
+    """And a load hook that changes the weights themselves does not pass the golden gate."""
+    engine, trainer, _ = pair
+    for worker in engine.workers:
+        norm = worker.model.model.norm
+        norm.doubled = 2 * norm.weight.data
+        norm.post_load_weights = lambda norm=norm: setattr(norm, "doubled", 2 * norm.weight.data)
+    places = [w.model.model.norm.doubled.data_ptr() for w in engine.workers]
+    plans = attach(engine, trainer)
+    for version in (1, 2):
+        trainer.publish(after(version), version)
+        refit(engine, version, plans)
+        for worker, place in zip(engine.workers, places, strict=True):
+            norm = worker.model.model.norm
+            assert (
+                torch.equal(norm.doubled, 2 * after(version)["model.norm.weight"]) and norm.doubled.data_ptr() == place
+            )
+    for worker in engine.workers:
+        norm = worker.model.model.norm
+        norm.post_load_weights = lambda norm=norm: norm.weight.data.mul_(2)
+    plans = attach(engine, trainer)
+    trainer.publish(after(3), 3)
+    with pytest.raises(RuntimeError, match="1 parameters differ from what .* own reload makes .* model.norm.weight"):
+        refit(engine, 3, plans)
+
+
+def test_a_newer_loader_is_told_when_an_update_begins_and_ends(pair):
+    engine, trainer, _ = pair
+    said = []
+    for worker in engine.workers:
+        loader = worker.engine.model_engine.model_loader
+        for step in ("begin", "finalize", "abort"):
+            setattr(loader, f"{step}_update_weights", lambda step=step: said.append(step))
+    plans = attach(engine, trainer)
+    trainer.publish(after(1), 1)
+    refit(engine, 1, plans)
+    assert sorted(said) == ["begin"] * 2 + ["finalize"] * 2
+    plans = attach(engine, trainer)
+    for worker in engine.workers:
+        worker.engine.model_engine.model_loader.reload = lambda *given, **named: 1 / 0
+    trainer.publish(after(2), 2)
+    with pytest.raises(ZeroDivisionError):
+        refit(engine, 2, plans)
+    assert said.count("abort") == 2 and all("mixture" not in w.refit_tell()["state"] for w in engine.workers)
+
+
 def test_engines_that_cannot_be_refitted_are_told_all_at_once():
     engine, trainer = Engine(shape_of(SMALL), 2), Trainer(SMALL, 2, 2)
     try:
         model = engine.workers[0].model.model
         model.layers[0].mlp.register_buffer("scale_of_something", torch.ones(3))
         model.layers[1].self_attn.o_proj.weight = nn.Parameter(torch.zeros(8, 9))
+        model.layers[1].mlp.gate_up_proj.quant_method = FP8BlockScalesLinearMethod()
+        model.layers[1].mlp.gate_up_proj.weight_scale = nn.Parameter(torch.ones(1))
         with pytest.raises(ValueError) as error:
             engine.workers[0].refit_attach(asdict(engine.shape), trainer.told, None, 1.0)
         said = str(error.value)
-        assert "2 things of the engine fit no refit" in said
+        assert "4 things of the engine fit no refit" in said
+        assert "model.layers.1.mlp.gate_up_proj is quantised (FP8BlockScalesLinearMethod)" in said
+        assert "manifest of model.layers.1.mlp.gate_up_proj.weight_scale: segments fill 8 rows, expected 1" in said
         assert "model.layers.0.mlp.scale_of_something [3] is no part of the model" in said
         assert "o_proj.weight: segments fill 8 columns, expected 9" in said
         other = shape_of(Model(**vars(SMALL) | {"vocab": 22}))

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from aligner.checkpoint.huggingface import Weights
 from aligner.models.shape import ModelShape
 from aligner.rollout.sampling import Sampling
-from aligner.rollout.trtllm import EngineConfig, TrtllmSampler, engine_arguments, load_api, sampling_params
+from aligner.rollout.trtllm import TrtllmSampler
+from aligner.rollout.trtllm_api import EngineConfig, engine_arguments, load_api, sampling_params
 from tests.conftest import save_model
 from tests.refit.layouts import Model
 from tests.refit.test_extension import Trainer
@@ -246,8 +247,8 @@ def test_a_refit_of_an_engine_that_sleeps(fed):
     plans = sampler._plans
     for worker in llm.workers:
         worker._refit_source.wait = lambda version: False
-        with pytest.raises(ValueError, match="the engine's weights are released; wake them first"):
-            worker.refit(1, plans, deadline=time.time() + 5)
+    with pytest.raises(ValueError, match="the engine's weights are released; wake them first"):
+        asyncio.run(llm.collective_rpc("refit", (1, plans), {"deadline": time.time() + 5}))
     assert all(torch.isnan(p).all() for worker in llm.workers for p in worker.model.parameters())
 
 

@@ -22,8 +22,10 @@ from aligner.refit import device_memory
 from aligner.refit.shared import ExportedWeights, SharedSource
 from aligner.rollout.sampling import Sampling
 from tests.conftest import save_model
+from tests.refit import test_contract
 from tests.refit.layouts import Model
 from tests.refit.test_extension import SMALL, Trainer, TrainerRank
+from tests.rollout import test_trtllm
 
 ROOT = Path(__file__).parent.parent.parent
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -77,8 +79,9 @@ def tool():
 
 @pytest.mark.trtllm_live
 @with_trtllm
-def test_the_facts_are_those_of_the_installed_version():
-    from aligner.rollout.trtllm import check_version
+def test_the_facts_are_those_of_the_installed_version(monkeypatch):
+    """Nothing has gone, and what our code calls takes what it is given."""
+    from aligner.rollout.trtllm_api import check_version
 
     folder = Path(importlib.util.find_spec("tensorrt_llm").origin).parent
     version = re.search(r'__version__ = "(.*)"', (folder / "version.py").read_text())[1]
@@ -88,13 +91,23 @@ def test_the_facts_are_those_of_the_installed_version():
     wanted = json.loads((ROOT / "tests" / "contracts" / f"trtllm-{nearest}.json").read_text())
     lost = [line for line in tool().differences(wanted, found) if line.endswith("-> None")]
     assert not lost, "\n".join(lost)
+    monkeypatch.setattr(test_contract, "facts", lambda version: found)
+    test_contract.test_the_extension_uses_what_every_version_has(nearest)
+    test_contract.test_the_extension_s_names_do_not_clash_with_the_worker_s(nearest)
+    test_contract.test_the_stand_in_is_called_as_upstream_is(nearest)
+    test_contract.test_every_upstream_import_is_pinned(nearest)
+    monkeypatch.setattr(test_trtllm, "facts_of", lambda version: found)
+    test_trtllm.test_every_version_takes_the_arguments(nearest)
+    test_trtllm.test_every_version_takes_the_sampling_parameters(nearest)
+    test_trtllm.test_every_version_is_called_as_it_is_written(nearest)
 
 
 @pytest.mark.trtllm_live
 @with_trtllm
 @gpu
 def test_a_real_engine_passes_the_golden_gate_sleeps_and_wakes(tmp_path):
-    from aligner.rollout.trtllm import EngineConfig, TrtllmSampler, engine_arguments, load_api
+    from aligner.rollout.trtllm import TrtllmSampler
+    from aligner.rollout.trtllm_api import EngineConfig, engine_arguments, load_api
 
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     folder = save_model(tmp_path / "m", "llama", vocab_size=512, num_hidden_layers=2, head_dim=64, **sizes)

@@ -44,7 +44,8 @@ class Far:
     def _sender(self, rank: int) -> Sender:
         store = dist.TCPStore("127.0.0.1", self.store.port, is_master=False, timeout=PATIENCE)
         group = Group(store, rank, len(self.ranks), len(self.engine.workers), CPU, PATIENCE)
-        return Sender(group, join([r.manifest() for r in self.ranks]), self.ranks[rank])
+        far = set() if rank in self.near else set(range(len(self.engine.workers)))
+        return Sender(group, join([r.manifest() for r in self.ranks]), self.ranks[rank], far)
 
     def refit(self, full: dict, version: int, serve: int | None = None, **named) -> list[dict]:
         """serve: the version that the senders have, if another."""

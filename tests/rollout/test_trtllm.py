@@ -2,9 +2,11 @@
 
 import asyncio
 import enum
+import gc
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,10 @@ import pytest
 import torch
 
 from aligner.refit.extension import RefitExtension
-from aligner.rollout import trtllm
+from aligner.rollout import trtllm, trtllm_api
 from aligner.rollout.sampling import Sampling
-from aligner.rollout.trtllm import EngineConfig, Features, TrtllmSampler, engine_arguments, load_api, sampling_params
+from aligner.rollout.trtllm import TrtllmSampler
+from aligner.rollout.trtllm_api import EngineConfig, Features, engine_arguments, load_api, sampling_params
 from tests.refit.standin import Engine
 from tests.refit.test_extension import SMALL, Trainer, after, is_at, shape_of
 
@@ -23,9 +26,13 @@ ROOT = Path(__file__).parent.parent.parent
 VERSIONS = ("1.2.1", "main")
 
 
+def facts_of(version: str) -> dict:
+    return json.loads((ROOT / "tests" / "contracts" / f"trtllm-{version}.json").read_text())
+
+
 def facts(version: str, name: str) -> dict:
-    modules = json.loads((ROOT / "tests" / "contracts" / f"trtllm-{version}.json").read_text())["modules"]
-    return next((m["names"][name] for m in modules.values() if name in m["names"]), None)
+    modules = facts_of(version)["modules"].values()
+    return next((m["names"][name] for m in modules if name in m["names"]), None)
 
 
 def strict(name: str, fields: dict) -> type:
@@ -56,7 +63,7 @@ def api(version: str) -> SimpleNamespace:
         SleepConfig=sleep and strict("SleepConfig", sleep["fields"]),
         CapacitySchedulerPolicy=policies,
         ExecutorMemoryType=enum.Enum("ExecutorMemoryType", tags),
-        version=version,
+        version="1.4.0" if version == "main" else version,
         **found,
     )
 
@@ -69,6 +76,10 @@ def test_every_version_takes_the_arguments(version: str):
     assert given["tensor_parallel_size"] == 4 and given["max_input_len"] == given["max_seq_len"] == 512
     assert given["load_format"].upper() in facts(version, "LoadFormat")["fields"]
     assert ("sleep_config" in given, "sampler_type" in given) == ((True, False) if version == "main" else (False, True))
+    if version == "main":  # a copy in host memory would be made and thrown away
+        memory = known.ExecutorMemoryType
+        modes = {memory.MODEL_WEIGHTS_MAIN: "NONE", memory.KV_CACHE: "NONE"}
+        assert given["sleep_config"].given == {"restore_modes": modes}
     package, _, name = given["ray_worker_extension_cls"].rpartition(".")
     assert (package, name) == (RefitExtension.__module__, RefitExtension.__name__)
 
@@ -79,8 +90,6 @@ def test_every_version_takes_the_sampling_parameters(version: str):
     everything = Sampling(
         top_p=0.9,
         top_k=5,
-        min_p=0.1,
-        repetition_penalty=1.2,
         min_tokens=2,
         max_tokens=7,
         stop=(3, 4),
@@ -89,6 +98,13 @@ def test_every_version_takes_the_sampling_parameters(version: str):
     given = sampling_params(known, everything, 11).given
     assert given["stop_token_ids"] == [3, 4] and given["end_id"] == -1 and given["include_stop_str_in_output"]
     assert (given["max_tokens"], given["top_k"], given["seed"], given["stop"]) == (7, 5, 11, ["x"])
+    late = Sampling(min_p=0.1, repetition_penalty=1.2)
+    if version == "main":
+        given = sampling_params(known, late, 0).given
+        assert (given["min_p"], given["repetition_penalty"]) == (0.1, 1.2)
+    else:
+        with pytest.raises(ValueError, match="TensorRT-LLM 1.2.1 ignores min_p and repetition_penalty; leave them out"):
+            sampling_params(known, late, 0)
     greedy = sampling_params(known, Sampling(temperature=0), 0).given
     assert greedy["temperature"] == 0 and greedy["top_k"] == 1 and not greedy["detokenize"]
     if version == "main":
@@ -128,10 +144,10 @@ def test_versions_and_machines_without_it():
             )
         )
     for good in ("1.2.1", "1.3.0rc15", "1.4.0rc1"):
-        trtllm.check_version(good)
+        trtllm_api.check_version(good)
     for bad in ("1.1.0", "1.5.0", "2.0", "what"):
         with pytest.raises(ValueError, match=f"TensorRT-LLM is {bad}, expected 1.2 to 1.4"):
-            trtllm.check_version(bad)
+            trtllm_api.check_version(bad)
     with pytest.raises(ValueError, match="cannot be imported here .* in its own environment"):
         load_api()
 
@@ -168,7 +184,11 @@ class Request:
 
 
 class StandInLLM:
-    """AsyncLLM over the stand-in engine. broken: what a rank raises in place of a method, once each."""
+    """AsyncLLM over the stand-in engine.
+
+    broken: what a rank raises in place of a method, once each: once all have come to it for "refit"; at once, as when
+    the rank has died, for "gone".
+    """
 
     def __init__(self, engine: Engine):
         self.engine, self.slow, self.requests, self.broken, self.silent = engine, False, [], {}, None
@@ -179,19 +199,21 @@ class StandInLLM:
 
     async def collective_rpc(self, method: str, args=(), kwargs=None) -> list:
         def call(worker):
-            if error := self.broken.pop((method, worker._refit_rank), None):
+            rank = worker.engine.model_engine.mapping.tp_rank
+            if error := self.broken.pop((method if method != "refit" else "gone", rank), None):
                 raise error
-            return getattr(worker, method)(*args, **(kwargs or {}))
+            if method == "refit" and (error := self.broken.pop((method, rank), None)):
+                worker._refit_plan.preflight = lambda *_: self._raise(worker, error)
+            return getattr(worker, method)(*args, *([1.0] if method == "refit_attach" else []), **(kwargs or {}))
 
-        told = [w for rank, w in enumerate(self.engine.workers) if rank != self.silent]
-        if method == "refit_attach":
-            call = lambda worker: getattr(worker, method)(*args, 1.0)  # noqa: E731
-        futures = [asyncio.wrap_future(self.engine.pool.submit(call, worker)) for worker in told]
-        answers = await asyncio.gather(*futures, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return list(answers)
+        pairs = zip(self.engine.actors, self.engine.workers, strict=True)
+        told = [pair for rank, pair in enumerate(pairs) if rank != self.silent]
+        futures = [asyncio.wrap_future(actor.submit(call, worker)) for actor, worker in told]
+        return list(await asyncio.gather(*futures))
+
+    def _raise(self, worker, error: Exception) -> None:
+        del worker._refit_plan.preflight
+        raise error
 
 
 @pytest.fixture
@@ -279,9 +301,10 @@ def test_new_requests_wait_while_weights_come(setup):
 
     for worker in llm.engine.workers:
         worker.refit = slow.__get__(worker)
-    pulling = llm.engine.pool.submit(sampler.pull, 1)
+    pool = ThreadPoolExecutor(2)
+    pulling = pool.submit(sampler.pull, 1)
     assert entered.wait(10)
-    asked = llm.engine.pool.submit(sampler.generate, [[5]], Sampling(max_tokens=1))
+    asked = pool.submit(sampler.generate, [[5]], Sampling(max_tokens=1))
     with pytest.raises(RuntimeError, match="another one is under way"):
         sampler.pull(1)
     time.sleep(0.1)
@@ -296,8 +319,6 @@ def test_a_rank_that_fails_poisons_all_until_every_rank_has_the_version(setup, r
     sampler, llm, trainer = setup
     trainer.publish(after(1), 1)
     llm.broken["refit", rank] = MemoryError("out of memory")
-    # The other rank waits for this one in the control action; here it is let go, as a killed worker would.
-    threading.Timer(0.3, lambda: llm.engine.pool.submit(_join, llm.engine)).start()
     with pytest.raises(RuntimeError, match="the refit to version 1 did not reach all ranks .*out of memory"):
         sampler.pull(1)
     with pytest.raises(RuntimeError, match="did not reach all ranks"):
@@ -307,9 +328,77 @@ def test_a_rank_that_fails_poisons_all_until_every_rank_has_the_version(setup, r
     assert sampler.generate([[5]], Sampling(max_tokens=1)).weights_version == 1
 
 
-def _join(engine: Engine) -> None:
-    with engine.executor.control_action():
+def test_a_rank_that_died_leaves_the_others_waiting_but_not_the_sampler(setup, monkeypatch):
+    """Upstream's control action has no deadline of its own."""
+    sampler, llm, trainer = setup
+    trainer.publish(after(1), 1)
+    monkeypatch.setattr(trtllm, "ANSWER_S", 0.2)
+    llm.broken["gone", 1] = OSError("the actor has died")
+    with pytest.raises(RuntimeError, match="the refit to version 1 did not reach all ranks .the actor has died"):
+        sampler.pull(1)
+    with pytest.raises(RuntimeError, match="did not reach all ranks"):
+        next(sampler.stream([[1]], Sampling()))
+    with llm.engine.executor.control_action():  # what lets the other go, so that the test can end
         pass
+
+
+def test_requests_that_the_engine_does_not_end(setup, monkeypatch):
+    """The drain hangs: the sampler does not, and once it has come through nothing was written."""
+    sampler, llm, trainer = setup
+    trainer.publish(after(1), 1)
+    monkeypatch.setattr(trtllm, "ANSWER_S", 0.2)
+    words = "did not reach all ranks .the engine has not answered in 0.7 s"
+    with llm.engine.executor.request(), pytest.raises(RuntimeError, match=words):
+        sampler.pull(1)
+    monkeypatch.undo()
+    for future in [actor.submit(int) for actor in llm.engine.actors]:
+        future.result(10)
+    assert is_at(llm.engine, 0)
+    sampler.pull(1)
+    assert is_at(llm.engine, 1) and sampler.generate([[5]], Sampling(max_tokens=1)).weights_version == 1
+
+
+def test_the_first_refit_can_be_repeated_when_a_rank_failed():
+    engine, trainer = Engine(shape_of(SMALL), 2), Trainer(SMALL, 2, 1)
+    llm = StandInLLM(engine)
+    sampler = TrtllmSampler(llm, api("main"), EngineConfig(tensor=2, max_batch=2, drain_s=0.5))
+    try:
+        sampler.attach(asdict(engine.shape), trainer.told)
+        trainer.publish(after(0), 0)
+        llm.broken["refit", 1] = MemoryError("out of memory")
+        with pytest.raises(RuntimeError, match="did not reach all ranks"):
+            sampler.pull(0)
+        sampler.pull(0)
+        assert is_at(engine, 0) and sampler.generate([[5]], Sampling(max_tokens=1)).weights_version == 0
+    finally:
+        trainer.close()
+
+
+def test_a_response_that_fails_takes_the_others_along(setup):
+    sampler, llm, trainer = setup
+    llm.slow = True
+    stream = sampler.stream(PROMPTS, Sampling(max_tokens=40), 1)
+    while len(llm.requests) < 3:
+        time.sleep(0.01)
+    llm.requests[1].tokens = None  # which its loop cannot go on with
+    with pytest.raises(TypeError):
+        list(stream)
+    end = time.monotonic() + 10
+    while llm.engine.executor.active and time.monotonic() < end:
+        time.sleep(0.01)
+    assert all(request.aborted for request in llm.requests)
+    trainer.publish(after(1), 1)
+    sampler.pull(1)
+
+
+def test_a_stream_that_nobody_has_any_more_is_closed(setup):
+    sampler, llm, trainer = setup
+    llm.slow = True
+    next(sampler.stream(PROMPTS, Sampling(max_tokens=20), 3))
+    gc.collect()
+    trainer.publish(after(1), 1)
+    sampler.pull(1)
+    assert any(request.aborted for request in llm.requests)
 
 
 def test_a_rank_that_does_not_answer_is_noticed(setup):

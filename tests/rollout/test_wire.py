@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import connection as connections
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from aligner.checkpoint.huggingface import Weights
 from aligner.models.shape import ModelShape
+from aligner.rollout import wire
 from aligner.rollout.sampling import Sampling
 from aligner.rollout.wire import EngineSampler, TrtllmConfig, last_words, start_engine
 from tests.conftest import save_model
@@ -120,6 +121,29 @@ def test_what_is_wrong_is_told_as_what_it_is(setup):
     assert len(setup.engine.generate([[1]], Sampling(max_tokens=1)).finished_B) == 1
 
 
+def test_a_stranger_that_says_nothing_is_not_waited_for_long(setup, monkeypatch):
+    ours, theirs = connections.Pipe()
+    monkeypatch.setattr(wire, "STRANGER_S", 1)
+    began = time.monotonic()
+    wire._answer(ours, None, b"0" * 32, {})
+    assert 0.9 < time.monotonic() - began < 5.0
+    assert theirs.recv_bytes()  # the challenge
+
+
+def test_another_model_or_a_shorter_context_is_refused(setup):
+    wire.check_model(setup.known, setup.shape)
+    for change, words in (
+        (
+            {"vocab": 52, "norm_eps": 1e-3},
+            "another model than the trainer .vocab 51 for 52, norm_eps .* for 0.001.; start",
+        ),
+        ({"rope": replace(setup.shape.rope, theta=5.0)}, "another model than the trainer .rope .*theta"),
+        ({"context": 10_000}, f"takes {setup.shape.context} tokens, the model 10000; start it with --context 10000"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wire.check_model(setup.known, replace(setup.shape, **change))
+
+
 def test_a_stream_that_is_closed_is_cancelled(setup):
     """Or a refit would wait for it until its deadline."""
     stream = setup.engine.stream(PROMPTS, Sampling(max_tokens=50), 20)
@@ -186,16 +210,19 @@ time.sleep(100)
 
 def test_the_environment_of_an_engine(setup, tmp_path, monkeypatch):
     """Nothing of torchrun's, whose ranks are the trainer's; its own GPUs; reload on one stream."""
+    for name in ("TORCHELASTIC_RUN_ID", "PYTHONPATH", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "x")
     for name, value in {"RANK": "3", "MASTER_ADDR": "node1", "CUDA_VISIBLE_DEVICES": "0,1,2,3", "KEPT": "1"}.items():
         monkeypatch.setenv(name, value)
     (python := tmp_path / "python").write_text("#!/bin/sh\nenv\n")
     python.chmod(0o755)
-    engine = start_engine(TrtllmConfig(python=str(python)), setup.folder, 64, tmp_path / "log", (2, 3))
+    engine = start_engine(TrtllmConfig(python=str(python)), setup.folder, 64, tmp_path / "log", ("2", "3"))
     assert engine._process.wait(20) == 0
     given = dict(line.split("=", 1) for line in (tmp_path / "log").read_text().splitlines())
-    assert "RANK" not in given and "MASTER_ADDR" not in given
+    told = {"RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "OMP_NUM_THREADS"}
+    assert not told & given.keys()
     wanted = {"CUDA_VISIBLE_DEVICES": "2,3", "KEPT": "1", "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL": "True"}
-    assert wanted.items() <= given.items()
+    assert (wanted | {"TLLM_RAY_FORCE_LOCAL_CLUSTER": "1"}).items() <= given.items()
 
 
 def test_options():

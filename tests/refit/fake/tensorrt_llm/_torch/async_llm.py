@@ -1,9 +1,6 @@
 """An engine that answers while it is refitted, put to sleep and asked to stop."""
 
 import asyncio
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 from aligner.models.shape import ModelShape
@@ -13,7 +10,7 @@ from tensorrt_llm._torch.request import Request
 from tensorrt_llm._torch.worker import RayGPUWorker, inject
 from tensorrt_llm.llmapi.llm_args import ExecutorMemoryType, TorchLlmArgs
 from tensorrt_llm.sampling_params import SamplingParams
-from tests.refit.standin import Executor
+from tests.refit.standin import Actor, Executor
 
 NEEDED = {ExecutorMemoryType.MODEL_WEIGHTS_MAIN.value, ExecutorMemoryType.KV_CACHE.value}  # to generate
 
@@ -35,6 +32,7 @@ class AsyncLLM:
             raise ValueError(f"{shape.heads} heads and {shape.ffn} columns of the MLP are not shared by {ranks} ranks")
         self.executor, kind = Executor(ranks), inject(RayGPUWorker, self.args.ray_worker_extension_cls)
         self.workers = [kind(shape, self.executor, rank, ranks) for rank in range(ranks)]
+        self._actors = [Actor() for _ in self.workers]
         self._batch = Batch(shape, [{name: w.captured(name) for name in w.graph} for w in self.workers])
         self._loop = Loop(self._batch, self.executor, self.args.max_batch_size, self.args.max_num_tokens)
         self._context = self.args.max_seq_len or shape.context
@@ -70,14 +68,12 @@ class AsyncLLM:
     async def collective_rpc(
         self, method: str, args=(), kwargs=None, unique_reply_rank: int | None = None, target_ranks=None
     ) -> list:
-        """Every rank's answer, or the first exception once all have answered."""
-        told = [self.workers[rank] for rank in (range(len(self.workers)) if target_ranks is None else target_ranks)]
-        futures = [_thread(lambda w=w: getattr(w, method)(*args, **(kwargs or {}))) for w in told]
-        answers = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers if unique_reply_rank is None else [answers[told.index(self.workers[unique_reply_rank])]]
+        """Every rank's answer, or at once what the first of them raises; the others go on."""
+        told = list(range(len(self.workers)) if target_ranks is None else target_ranks)
+        calls = [getattr(self.workers[rank], method) for rank in told]
+        futures = [self._actors[rank].submit(f, *args, **(kwargs or {})) for rank, f in zip(told, calls, strict=True)]
+        answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        return answers if unique_reply_rank is None else [answers[told.index(unique_reply_rank)]]
 
     async def release(self, tags: list[str] | None = None) -> None:
         """Waits until no request is in flight, as upstream's."""
@@ -109,18 +105,3 @@ class AsyncLLM:
         """Requests fail, and so do control actions that wait."""
         self.executor.close()
         self._loop.join()
-
-
-def _thread(call: Callable) -> Future:
-    """One of its own, since a rank may wait for the others, and for ever where one of them never comes."""
-    future = Future()
-    future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
