@@ -1,4 +1,4 @@
-"""Where this library keeps what it can make again: converted models, indices of data files."""
+"""Where this library keeps what it can make again: converted models, indices of data files, the sentiment reward."""
 
 import os
 from pathlib import Path

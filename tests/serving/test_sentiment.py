@@ -8,8 +8,27 @@ from aligner.serving.reward import load_reward
 
 
 @pytest.fixture(scope="module")
-def reward():
+def kept(tmp_path_factory):
+    """A cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def reward(kept):
     return sentiment.PositiveReview()
+
+
+@pytest.mark.slow
+def test_what_the_cache_keeps_is_what_was_fitted(reward, capsys):
+    texts = [r.text for r in sentiment.labelled_reviews()[::50]] + ["", "unheardofword"]
+    again = sentiment.PositiveReview()
+    assert capsys.readouterr().out.startswith("sentiment reward fitted before; held-out accuracy: overall 8")
+    assert again([], texts, []) == reward([], texts, [])  # to the last bit
+    assert again.held_out_accuracy == reward.held_out_accuracy
+    assert (again._classifier.predict_proba(again._tfidf.transform(texts[:9]))
+            == reward._classifier.predict_proba(reward._tfidf.transform(texts[:9]))).all()  # fmt: skip
 
 
 @pytest.mark.slow
@@ -35,7 +54,7 @@ def test_log_odds_match_the_probability(reward):
     assert reward([""], text, [{}])[0] == pytest.approx(float(np.log(probability / (1 - probability))), rel=1e-5)
 
 
-def test_no_held_out_text_is_fitted_and_the_accuracy_is_of_held_out_texts(monkeypatch, capsys):
+def test_no_held_out_text_is_fitted_and_the_accuracy_is_of_held_out_texts(kept, monkeypatch, capsys):
     def review(word, positive, source, held_out, i):
         return Review(text=f"{word} {i % 7}", positive=positive, source=source, held_out=held_out)
 
@@ -49,7 +68,7 @@ def test_no_held_out_text_is_fitted_and_the_accuracy_is_of_held_out_texts(monkey
     assert "held-out accuracy: overall 75.0%, imdb 0.0%, rotten_tomatoes 100.0%" in capsys.readouterr().out
 
 
-def test_it_loads_by_its_name(monkeypatch):
+def test_it_loads_by_its_name(kept, monkeypatch):
     words = [Review(text="good" if i % 2 else "bad", positive=bool(i % 2), source=source, held_out=i < 4)
              for i in range(20) for source in ("imdb", "rotten_tomatoes")]  # fmt: skip
     monkeypatch.setattr(sentiment, "labelled_reviews", lambda: words)
