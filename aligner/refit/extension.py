@@ -22,6 +22,8 @@ from aligner.refit.plan import compile_plan
 from aligner.refit.pull import Pulled
 from aligner.refit.trtllm_layout import bindings, survey
 
+AFTER = ("process_weights_after_loading", "post_load_weights")  # hooks of modules, in upstream's order
+
 
 class RefitExtension:
     """Methods of a worker, one a tensor rank. All ranks are called, and each answers for itself.
@@ -157,11 +159,12 @@ class RefitExtension:
 def finish(model: torch.nn.Module) -> None:
     """Let modules derive what they keep beside their weights; it stays where captured graphs read it."""
     for module in model.modules():
-        if getattr(module, "_weights_removed", False):
+        hooks = [name for name in AFTER if _has(module, name)]
+        if not hooks or vars(module).get("_weights_removed", False):
             continue
         kept = {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
-        _call([module], "process_weights_after_loading")
-        _call([module], "post_load_weights")
+        for name in hooks:
+            getattr(module, name)()
         for name, tensor in kept.items():
             derived = getattr(module, name, None)
             if isinstance(derived, torch.Tensor) and derived.data_ptr() != tensor.data_ptr():
@@ -171,8 +174,13 @@ def finish(model: torch.nn.Module) -> None:
 
 def _call(holders: Iterable, name: str) -> None:
     for holder in holders:
-        if hasattr(holder, name):  # neither all versions nor all modules have it
+        if _has(holder, name):
             getattr(holder, name)()
+
+
+def _has(holder: object, name: str) -> bool:
+    """Neither all versions nor all modules have a hook; hasattr() would search a module's parameters too, slowly."""
+    return name in vars(holder) or hasattr(type(holder), name)
 
 
 def _shape(fields: dict) -> ModelShape:

@@ -125,9 +125,9 @@ def survey(model: nn.Module, shape: ModelShape, *, rank: int, ranks: int) -> Sur
     return Survey(manifest=manifest(shape.tensors(), entries), parameters=parameters, reloaded=reloaded)
 
 
-def bindings(model: nn.Module) -> dict[str, tuple]:
-    """Where each parameter lies: a refit never moves one, or captured CUDA graphs would read the old place."""
-    return {name: (t.data_ptr(), t.shape, t.stride(), t.dtype) for name, t, _ in _held(model)}
+def bindings(model: nn.Module) -> list[tuple]:
+    """Where everything lies: a refit never moves anything, or captured CUDA graphs would read the old place."""
+    return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (*model.parameters(), *model.buffers())]
 
 
 def _quantised(model: nn.Module) -> Iterator[tuple[str, str]]:
