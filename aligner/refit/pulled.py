@@ -90,12 +90,16 @@ class PulledReplica:
 
     def refit(self, version: int) -> None:
         """The weights as they are now go into the engine, as `version`. Returns when all engines have them."""
-        agree(lambda: self._own and self._own.publish(version))
-        if self._shares and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what the trainer keeps for its next step, the engine needs to wake up in
+        agree(lambda: self._publish(version))
         pulling = _Meanwhile(lambda: self.sampler and self.sampler.pull(version))
         agree(lambda: self._sender and self._sender.serve(version))
         agree(pulling.result)
+
+    def _publish(self, version: int) -> None:
+        if self._own:
+            self._own.publish(version)
+        if self._shares and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what torch keeps for the next step, the engine needs to wake up in
 
     def sleep(self) -> None:
         """Nothing is sampled until the next refit."""

@@ -15,6 +15,7 @@ from tests.refit import standin
 ROOT = Path(__file__).parent.parent.parent
 VERSIONS = ("1.2.1", "main")
 EXTENSION = ROOT / "aligner" / "refit" / "extension.py"
+SAMPLER = ROOT / "aligner" / "rollout" / "trtllm.py"
 
 
 def tool():
@@ -181,6 +182,28 @@ def test_the_extension_uses_what_every_version_has(version: str):
         else:
             assert name in found(version, owner)["attributes"], chain
     assert {"control_action", "reset_prefix_cache", "mapping", "model", "reload"} <= set(seen)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_sampler_uses_what_every_version_has(version: str):
+    """Calls of AsyncLLM; what is read of a request, its result and outputs."""
+    known = found(version, "BaseLLM")["methods"] | found(version, "AsyncLLM")["methods"]
+    tree, seen = ast.parse(SAMPLER.read_text()), set()
+    for chain, call in chains(tree):
+        if chain.startswith("_llm."):
+            name = chain.removeprefix("_llm.")
+            assert accepts(known[name]["parameters"], len(call.args), [k.arg for k in call.keywords]), name
+            seen.add(name)
+    assert seen == {"collective_rpc", "generate_async", "release", "resume"}
+    result = (
+        found(version, "GenerationResult")["methods"].keys() | found(version, "GenerationResultBase")["methods"].keys()
+    )
+    places = {"request": result, "result": result, "output": found(version, "CompletionOutput")["fields"].keys()}
+    read = {
+        (n.value.id, n.attr) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    }
+    used = {(name, attribute) for name, attribute in read if name in places}
+    assert len(used) == 7 and all(attribute in places[name] for name, attribute in used), used
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -93,6 +93,7 @@ def test_the_facts_are_those_of_the_installed_version(monkeypatch):
     assert not lost, "\n".join(lost)
     monkeypatch.setattr(test_contract, "facts", lambda version: found)
     test_contract.test_the_extension_uses_what_every_version_has(nearest)
+    test_contract.test_the_sampler_uses_what_every_version_has(nearest)
     test_contract.test_the_extension_s_names_do_not_clash_with_the_worker_s(nearest)
     test_contract.test_the_stand_in_is_called_as_upstream_is(nearest)
     test_contract.test_every_upstream_import_is_pinned(nearest)
