@@ -109,9 +109,8 @@ def _answer(connection: Connection, sampler: TrtllmSampler, key: bytes, known: d
 
 def _patience(connection: Connection, seconds: int) -> None:
     """Reading raises OSError when nothing comes for so long; 0 for ever."""
-    socket.socket(fileno=os.dup(connection.fileno())).setsockopt(
-        socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0)
-    )
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0))
 
 
 class _Call:
