@@ -20,13 +20,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ppo: setup
 	$(BIN)/python -m aligner.ppo
 
-# A file goes to one worker, whose fixtures make models and runs once. Many tests wait for processes, so there are more workers
-# than cores; files in their order, since xdist would put those of few and long tests last.
+# A file goes to one worker, whose fixtures make models and runs once; in tests/conftest.py's order.
 test: setup
-	$(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder -m "not full"
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -m "not full"
 
 test-unit: setup
-	$(BIN)/python -m pytest tests -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not full"
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not full"
 
 # More layouts, up to 8 processes.
 test-distributed-full: setup

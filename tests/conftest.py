@@ -22,6 +22,15 @@ multiprocessing.set_forkserver_preload(
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
+# What takes minutes a file, first: what begins last has a worker to itself in the end.
+LONG = ("programs", "distributed", "csrc", "serving", "kernels", "rollout", "checkpoint")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rooms = {room: i for i, room in enumerate(LONG)}
+    items.sort(key=lambda item: rooms.get(item.path.parent.name, len(rooms)))  # which leaves a file's own order
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face directory."""

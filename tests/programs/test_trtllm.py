@@ -18,7 +18,8 @@ GAP = 1e-3  # nats between what sampler and trainer give a token; after a step w
 def test_ppo_on_the_default_task(tmp_path):
     """SmolLM2, movie reviews, two steps; the engine sleeps while the trainer trains, and pulls three times."""
     run = tmp_path / "run"
-    options = {"steps": 2, "eval-prompts": 8, "sampler": "trtllm", "trtllm.python": engine_python(tmp_path)}
+    fewer = {"eval-prompts": 8, "batch.sequences": 16, "batch.minibatch-sequences": 8}
+    options = {"steps": 2, **fewer, "sampler": "trtllm", "trtllm.python": engine_python(tmp_path)}
     done = launch(1, runs.words({"threads": 2, **options, "output": run}))
     assert done.returncode == 0, done.stderr
     rows = metrics(run)

@@ -62,18 +62,19 @@ def test_head_dimensions_that_fill_no_vector(tmp_path, head_dim: int):
 
 
 @pytest.mark.slow
-def test_greedy_equals_transformers_on_real_prompts(smollm2: Path):
-    """200 openings of film reviews, 4 to 100 tokens. Given what came before, every token is transformers' first choice,
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.full)])
+def test_greedy_equals_transformers_on_real_prompts(smollm2: Path, count: int):
+    """Openings of film reviews, 4 to 100 tokens. Given what came before, every token is transformers' first choice,
     so by induction transformers generates the same."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    texts = [review.text for review in labelled_reviews()[::125]][:200]
+    texts = [review.text for review in labelled_reviews()[::125]][:count]
     prompts = [tokenizer(text)["input_ids"][: 4 + 37 * i % 97] for i, text in enumerate(texts)]
-    assert len(prompts) == 200 and len({len(p) for p in prompts}) > 60
+    assert len(prompts) == count and len({len(p) for p in prompts}) > 40
     sampling = Sampling(temperature=0, max_tokens=16, stop=(tokenizer.eos_token_id,))
     found = responses(NativeSampler.from_pretrained(smollm2), prompts, sampling)
     ties = assert_greedy(AutoModelForCausalLM.from_pretrained(smollm2).eval(), prompts, found)
     print(f"{sum(len(r.tokens) for r in found.values())} tokens, {ties} ties within 1e-4 nats")
-    assert ties <= 4
+    assert ties <= count // 50
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-4), ("bfloat16", 2e-2)])
