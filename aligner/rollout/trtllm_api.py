@@ -106,6 +106,8 @@ def engine_arguments(api: SimpleNamespace, folder: Path, context: int, c: Engine
     """Of AsyncLLM: dummy weights, which the first refit overwrites. context: tokens of a sequence, at most."""
     features = Features.of(api)
     policy = api.CapacitySchedulerPolicy.MAX_UTILIZATION
+    # Nothing that sleeps is kept in host memory: every wake is followed by a refit, and caches start empty.
+    modes = {api.ExecutorMemoryType(tag): "NONE" for tag in (features.weights, features.cache)}
     arguments = {
         "model": str(folder),
         "orchestrator_type": "ray",
@@ -120,16 +122,9 @@ def engine_arguments(api: SimpleNamespace, folder: Path, context: int, c: Engine
         "kv_cache_config": api.KvCacheConfig(enable_block_reuse=True, free_gpu_memory_fraction=c.kv_fraction),
         "cuda_graph_config": api.CudaGraphConfig(enable_padding=True, max_batch_size=c.max_batch),
         "scheduler_config": api.SchedulerConfig(capacity_scheduler_policy=policy),
-        features.sleep: _sleep_config(api) if features.sleep == "sleep_config" else True,
+        features.sleep: api.SleepConfig(restore_modes=modes) if features.sleep == "sleep_config" else True,
     }
     return arguments | ({"sampler_type": "TorchSampler"} if features.sampler_type else {})
-
-
-def _sleep_config(api: SimpleNamespace):
-    """Nothing that sleeps is kept in host memory: every wake is followed by a refit, and caches start empty."""
-    memory = api.ExecutorMemoryType
-    weights = getattr(memory, "MODEL_WEIGHTS_MAIN", memory.MODEL_ENGINE_MAIN)
-    return api.SleepConfig(restore_modes={weights: "NONE", memory.KV_CACHE: "NONE"})
 
 
 def sampling_params(api: SimpleNamespace, sampling: Sampling, seed: int):

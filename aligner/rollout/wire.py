@@ -261,11 +261,10 @@ class EngineSampler:
 def check_model(known: dict, shape: ModelShape) -> None:
     """Raise ValueError unless the engine that describes itself so has this model and takes its sequences."""
     ours, theirs = json.loads(json.dumps(asdict(shape))), known["shape"]
-    odd = [f"{name} {theirs.get(name)} for {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
-    if odd := [words for words in odd if not words.startswith("context ")]:
-        raise ValueError(
-            f"the engine has another model than the trainer ({', '.join(odd)}); start it with --model of this run."
-        )
+    odd = [name for name in ours if name != "context" and theirs.get(name) != ours[name]]
+    if odd:
+        words = ", ".join(f"{name} {theirs.get(name)} for {ours[name]}" for name in odd)
+        raise ValueError(f"the engine has another model than the trainer ({words}); start it with --model of this run.")
     if known["context"] < shape.context:
         raise ValueError(
             f"the engine takes {known['context']} tokens, the model {shape.context}; start it with --context "

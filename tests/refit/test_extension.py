@@ -413,7 +413,7 @@ def test_a_newer_loader_is_told_when_an_update_begins_and_ends(pair):
     trainer.publish(after(2), 2)
     with pytest.raises(ZeroDivisionError):
         refit(engine, 2, plans)
-    assert said.count("abort") == 2 and all("mixture" not in w.refit_tell()["state"] for w in engine.workers)
+    assert said.count("abort") == 2 and all(w.refit_tell()["state"] == "poisoned" for w in engine.workers)
 
 
 def test_engines_that_cannot_be_refitted_are_told_all_at_once():
